@@ -69,9 +69,7 @@ def decide(
     for place, load in enumerate(decision.loads):
         load_expert[layer, place], load_slot[layer, place] = load.expert, load.slot
     num_loads[layer] = len(decision.loads)
-    counters[layer] += (
-        known.sum(), hits, len(decision.loads), len(distinct) > 0, decision.first_uses
-    )  # fmt: skip
+    counters[layer] += known.sum(), hits, len(decision.loads), len(distinct) > 0
     some = residency.slot_of[distinct[0]] if len(distinct) else 0
     slots.reshape(-1)[:] = np.where(known, residency.slot_of[np.where(known, ids, 0)], some)
     kept.reshape(pairs, -1)[:] = weights.reshape(pairs, -1) * known[:, None]

@@ -18,7 +18,7 @@ from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 PREFETCHES = ("none", "popularity", "prefill", "predictor")
 COMPILED = ("lru", "lfu", "lfru", "static", "belady")  # equal counts, and far faster
-FIGURES = ("tokens", "uses", "hits", "loads", "ahead", "used", "used_decoding")
+FIGURES = ("tokens", "uses", "hits", "loads", "ahead")
 
 Sums = dict[str, np.ndarray]
 Cells = dict[tuple[int, str, str], Sums]
@@ -33,8 +33,6 @@ def sums(done: Simulation, documents: np.ndarray) -> Sums:
             one.hits[COMPLETION].sum(),
             one.loads[COMPLETION].sum(),
             one.prefetch_loads.sum(),
-            one.prefetch_used.sum(),
-            one.prefetch_used[COMPLETION].sum(),
         )
         for one in done.per_sequence
     ]

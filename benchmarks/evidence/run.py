@@ -190,14 +190,12 @@ def by_slots(seen: Seen, cells: Cells) -> Rows:
 
 
 def by_prefetch(seen: Seen, cells: Cells) -> Rows:
-    """A row for each prefetch under one policy: what it brings, what it wastes."""
+    """A row for each prefetch under one policy: what it brings."""
     rows = []
     none = cells[QUARTER, POLICY, "none"]
     for name in PREFETCHES:
         one = cells[QUARTER, POLICY, name]
-        loaded = one["ahead"].any()
-        missed = {"used": one["used_decoding"], "missed": one["used_decoding"] + one["loads"]}
-        after = {**one, "left": one["uses"] - one["copies"], "waste": one["ahead"] - one["used"]}
+        after = {**one, "left": one["uses"] - one["copies"]}
         rows.append(
             {
                 "model": seen.model,
@@ -207,9 +205,6 @@ def by_prefetch(seen: Seen, cells: Cells) -> Rows:
                 "ahead": rate(one, "ahead"),
                 "on demand, minus none": minus(one, none, "loads"),
                 "all copies, minus none": minus(one, none),
-                "precision": rate(one, "used", "ahead") if loaded else None,
-                "recall": rate(missed, "used", "missed"),
-                "wasted": rate(after, "waste"),
                 "adjusted hit rate": rate(after, "left", "uses"),
             }
         )
@@ -262,7 +257,7 @@ _BEST = (
     "Fewest: the policy that knows no future and has the lowest mean, chosen on these very texts."
 )
 _PREFETCH = (
-    "On demand, ahead, wasted: loads a token. Adjusted hit rate: all copies charged. What is "
+    "On demand, ahead: loads a token. Adjusted hit rate: all copies charged. What is "
     "learned comes from other documents of the same domain."
 )
 

@@ -19,7 +19,6 @@ from melinoe.cache.prefetch import (
     prefetcher_names,
     register,
 )
-from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.errors import MelinoeError, TraceError
 
@@ -100,7 +99,7 @@ def test_the_prefetch_on_the_page_of_traces_works(monkeypatch):
     uses = np.array([[0, 2, 3, 0, 1, 0, 0, 0]])
     assert named.before_completion(Prompt((8,), 8, None, uses)) == [[2, 1]]
     counters = simulate(trace, 2, prefetch=named).counters
-    assert (counters.prefetch_loads.tolist(), counters.prefetch_used.tolist()) == ([2], [[0], [1]])
+    assert counters.prefetch_loads.tolist() == [2]
 
 
 def test_wishes_must_name_every_layer():
@@ -110,12 +109,12 @@ def test_wishes_must_name_every_layer():
         load_ahead(Listed({0: [[1]]}), prompt, lambda *_: 0)
 
 
-def test_precision_recall_waste_and_adjusted_hit_rate_by_hand():
+def test_the_adjusted_hit_rate_by_hand():
     """
     Two slots; the prompt uses 6 and 7, then 0 and 1 are copied for the completion 0, 5, 5, 1.
 
-    0 is used, 1 leaves for 5 as the least recent, and is loaded when it is asked for. So of two
-    copied ahead one was used; of three misses one was spared; four copies for four uses.
+    0 is used, 1 leaves for 5 as the least recent, and is loaded when it is asked for: four copies
+    for four uses.
     """
     builder = TraceBuilder(1, 8, 1)
     builder.add_forward(np.array([[[6]], [[7]]]), 0, 0)
@@ -125,23 +124,8 @@ def test_precision_recall_waste_and_adjusted_hit_rate_by_hand():
     counters = done.counters
     assert done.prefetch == "listed"
     assert done.steps.ahead.tolist() == [[0], [2], [0], [0], [0]]
-    assert counters.prefetch_used.tolist() == [[0], [1]]
     assert counters.loads[1].tolist() == [2]
-    assert (counters.prefetch_precision(), counters.prefetch_recall()) == (1 / 2, 1 / 3)
-    assert counters.prefetch_unused.tolist() == [1]
-    assert counters.prefetch_waste_per_token() == 1 / 4
     assert counters.adjusted_hit_rate("completion") == 1 - 4 / 4
-    nothing = simulate(builder.trace(), 2).counters
-    assert (nothing.prefetch_precision(), nothing.prefetch_unused.tolist()) == (None, [0])
-
-
-def test_a_use_is_first_only_once_and_a_load_on_demand_is_none():
-    """2 is prefetched and used twice; then evicted and loaded on demand: one first use in all."""
-    residency = Residency(4, 1)
-    residency.prefetch([2])
-    decisions = [residency.request([expert]) for expert in (2, 2, 0, 2)]
-    assert [decision.first_uses for decision in decisions] == [1, 0, 0, 0]
-    residency.check_invariants()
 
 
 def test_a_trace_without_prompts_is_refused_by_what_reads_them():

@@ -69,7 +69,6 @@ def test_the_text_stays_and_every_count_is_simulated(name, policy, slots, shippe
     assert done.counters == counted
     assert (name == "none") == (counted.prefetch_loads.sum() == 0)
     assert moved == blocks * (counted.loads.sum() + counted.prefetch_loads.sum())
-    assert 0 <= counted.prefetch_used.sum() <= counted.prefetch_loads.sum()
 
 
 def test_several_prompts_at_once_are_refused_where_each_has_experts_of_its_own():
@@ -121,19 +120,6 @@ def test_the_device_engine_prefetches():
             assert (handle.counters.prefetch_loads.sum() > 0) == (name == "popularity")
 
 
-@pytest.mark.parametrize("engine", [attach, attach_fast])
-def test_counters_that_were_reset_know_nothing_of_prefetches_before(engine):
-    """Four experts of each layer are copied ahead, then counters are reset: no use of them counts,
-    so what is wasted is 0 and not below it."""
-    model, tokenizer = tiny_model(), words_tokenizer()
-    with engine(model, slots=4, policy="lfu") as handle:
-        handle.prefetch([[0, 1, 2, 3]] * 2)
-        handle.reset_counters()
-        generate(model, handle, tokenizer, [3, 4], 4)
-        assert handle.counters.hits.sum() > 0
-        assert handle.counters.prefetch_unused.tolist() == [0, 0]
-
-
 def test_what_was_copied_counts_where_a_later_answer_is_wrong():
     """Two of layer 0 are copied, then layer 1 is told of an expert that it does not have."""
 
@@ -153,11 +139,11 @@ def test_what_was_copied_counts_where_a_later_answer_is_wrong():
 
 
 @pytest.mark.parametrize("engine", [attach, attach_fast])
-def test_each_answer_counts_the_waste_that_was_simulated_for_it(engine):
+def test_each_answer_counts_what_was_simulated_for_it(engine):
     """Three answers on a warm cache, of both engines: counter by counter those of its sequence."""
     model, tokenizer = tiny_model(), words_tokenizer()
     prompts = [[3, 4, 5], [9], [20, 21]]
-    loads = used = 0
+    loads = 0
     for half in ([7, 6, 5, 4], [0, 1, 2, 3]):
 
         class Always(Prefetcher):
@@ -176,5 +162,5 @@ def test_each_answer_counts_the_waste_that_was_simulated_for_it(engine):
         done = simulate(trace, 4, "lfu", prefetch=chosen, prefill=prefill)
         assert done.counters == counted
         assert [one.counters for one in said] == done.per_sequence
-        loads, used = loads + counted.prefetch_loads.sum(), used + counted.prefetch_used.sum()
-    assert loads > used > 0
+        loads += counted.prefetch_loads.sum()
+    assert loads > 0

@@ -212,12 +212,11 @@ def test_nothing_is_loaded_where_nothing_may_be():
     for one in (residency, usual):
         one.prefetch([0, 1])
     assert residency.request_with_host([0, 3, 4], load=lambda missing: 0) == (
-        Decision((0,), (), 1),
+        Decision((0,), ()),
         (3, 4),
     )
     assert residency.request_with_host([], load=lambda missing: 9) == (Decision((), ()), ())
     usual.policy.use([0, 3, 4])  # what the other one's has heard
-    usual.first_uses([0, 3, 4])
     for request in ([0, 3], [2], [1, 4], [0, 4]):
         decision, on_host = residency.request_with_host(request, load=len)
         assert not on_host

@@ -67,9 +67,6 @@ def test_the_metrics_of_a_record_are_worked_by_hand():
             "zero_miss_tokens": 2 / 5,
             "transfers_per_token": (3 + 1) / 5,
             "prefetch_transfers_per_token": (2 + 2) / 5,
-            "prefetch_waste_per_token": (2 + 2) / 5,  # nothing of it was used
-            "prefetch_precision": 0,
-            "prefetch_recall": 0,
             "computed_there_per_token": 0,
             "prefill_transfers": 4,
             "tokens_per_s": (5 + 2) / (2.0 + 1.0),

@@ -11,7 +11,7 @@ PHASES = ("prompt", "completion")
 PROMPT, COMPLETION = 0, 1
 
 # Counts by their names: int64 (2, layers), (layers,) and (2,), phases in the order of PHASES.
-_BY_PHASE_AND_LAYER = ("uses", "hits", "loads", "requests", "chunked", "on_host", "prefetch_used")
+_BY_PHASE_AND_LAYER = ("uses", "hits", "loads", "requests", "chunked", "on_host")
 _BY_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
 _ALL = (*_BY_PHASE_AND_LAYER, "prefetch_loads", *_BY_PHASE)
 
@@ -23,11 +23,10 @@ class Counters:
     By phase and layer, int64 (2, layers), phases in the order of `PHASES`: ``uses``, (token,
     choice) pairs that chose an expert; ``hits``, those whose expert was resident when its request
     began; ``loads``, experts copied in on demand; ``requests``, and ``chunked``, those that took
-    more than one decision; ``on_host``, missing experts that the host computed; ``prefetch_used``,
-    experts copied in ahead whose first use, before they left, was in that phase. By layer:
-    ``prefetch_loads``. By phase, int64 (2,), of finished passes: ``tokens``, rows with padding;
-    ``forwards``; ``zero_miss_forwards`` and ``zero_miss_tokens``, of passes that waited in no
-    layer.
+    more than one decision; ``on_host``, missing experts that the host computed. By layer:
+    ``prefetch_loads``, experts copied in ahead. By phase, int64 (2,), of finished passes:
+    ``tokens``, rows with padding; ``forwards``; ``zero_miss_forwards`` and ``zero_miss_tokens``, of
+    passes that waited in no layer.
     """
 
     def __init__(self, num_layers: int):
@@ -65,7 +64,6 @@ class Counters:
         loads: int,
         decisions: int = 1,
         on_host: int = 0,
-        first_uses: int = 0,
     ) -> None:
         """Count one request of the open pass: *uses* pairs, *hits* of them on resident experts."""
         phase, counts = self._now, self._counts
@@ -78,8 +76,6 @@ class Counters:
             counts["loads"][phase, layer] += loads
             counts["on_host"][phase, layer] += on_host
             self._now_misses += loads + on_host
-        if first_uses:
-            counts["prefetch_used"][phase, layer] += first_uses
         if decisions > 1:
             counts["chunked"][phase, layer] += 1
 
@@ -100,9 +96,7 @@ class Counters:
         if len(experts):
             first, loads = decisions[0], sum(len(one.loads) for one in decisions)
             hits = _uses_of(first.hits, experts, uses) if loads or on_host else sum(uses)
-            self.add_request(
-                layer, sum(uses), hits, loads, len(decisions), len(on_host), first.first_uses
-            )
+            self.add_request(layer, sum(uses), hits, loads, len(decisions), len(on_host))
 
     def add_stream(
         self, layer: int, experts: Sequence[int], uses: Sequence[int], stream: Stream
@@ -110,7 +104,7 @@ class Counters:
         """Count one request of a prompt that was streamed; *experts* and *uses* are parallel."""
         if len(experts):
             hits = _uses_of(stream.hits, experts, uses)
-            self.add_request(layer, sum(uses), hits, stream.loads, first_uses=stream.first_uses)
+            self.add_request(layer, sum(uses), hits, stream.loads)
 
     def add_prefetch(self, layer: int, loads: int) -> None:
         """Count experts copied in ahead of need; belongs to no phase."""
@@ -153,28 +147,6 @@ class Counters:
         """Prefetch loads of all layers per completion token."""
         return _rate(self._sum("prefetch_loads", None), self._sum("tokens", COMPLETION))
 
-    def prefetch_precision(self) -> float | None:
-        """Share of the experts copied ahead that a request asked for before they left."""
-        return _rate(self._sum("prefetch_used", None), self._sum("prefetch_loads", None))
-
-    def prefetch_recall(self) -> float | None:
-        """
-        Share of what the completion would have missed that was copied ahead; None if nothing was.
-        """
-        used = self._sum("prefetch_used", COMPLETION)
-        missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)
-        return _rate(used, used + missed) if self._sum("prefetch_loads", None) else None
-
-    @property
-    def prefetch_unused(self) -> np.ndarray:
-        """Experts copied ahead and not used so far, int64 (layers,)."""
-        return self.prefetch_loads - self.prefetch_used.sum(axis=0)
-
-    def prefetch_waste_per_token(self) -> float | None:
-        """`prefetch_unused` per completion token; None if none was copied."""
-        tokens = self._sum("tokens", COMPLETION) if self._sum("prefetch_loads", None) else 0
-        return _rate(int(self.prefetch_unused.sum()), tokens)
-
     def on_host_per_token(self, phase: int | str = "completion") -> float | None:
         """Experts of all layers that the host computed, per token."""
         return _rate(self._sum("on_host", phase), self._sum("tokens", phase))
@@ -190,9 +162,6 @@ class Counters:
             "adjusted_hit_rate": self.adjusted_hit_rate("completion"),
             "transfers_per_token": self.transfers_per_token("completion"),
             "prefetch_per_token": self.prefetch_per_token(),
-            "prefetch_precision": self.prefetch_precision(),
-            "prefetch_recall": self.prefetch_recall(),
-            "prefetch_waste_per_token": self.prefetch_waste_per_token(),
             "zero_miss_tokens": self.zero_miss_share("completion"),
             "prompt_hit_rate": self.hit_rate("prompt"),
             "prompt_transfers_per_token": self.transfers_per_token("prompt"),

@@ -25,11 +25,10 @@ class Load(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Experts served from slots, loads for the others, and how many hits a prefetch had brought."""
+    """Experts served from slots, and loads for the others."""
 
     hits: tuple[int, ...]
     loads: tuple[Load, ...]
-    first_uses: int = 0
 
 
 _NOTHING: tuple[Load, ...] = ()
@@ -64,7 +63,6 @@ class Residency:
         # The same facts again as a dictionary: looking one id up in an array costs five times more.
         self._slot: dict[int, int] = {}
         self._all = frozenset(range(num_experts))
-        self._unused: set[int] = set()  # resident by a prefetch, and not requested since
         self.policy: Policy = make_policy(policy) if isinstance(policy, str) else policy
         self.policy.reset(num_experts)
         self._use = self.policy.use
@@ -95,8 +93,7 @@ class Residency:
         if not missing:  # which also proves all ids to be in range
             if experts:
                 self._use(experts)
-            first = self.first_uses(experts) if self._unused else 0
-            return Decision(tuple(experts), _NOTHING, first)
+            return Decision(tuple(experts), _NOTHING)
         if len(experts) > self.capacity:
             raise CacheTooSmallError(
                 f"one request needs {len(experts)} experts of a layer that has {self.capacity} "
@@ -106,8 +103,7 @@ class Residency:
         # Lists, not generators: this runs per layer and token, and they take half the time.
         hits = tuple([expert for expert in experts if expert in slot])
         self._use(experts)
-        first = self.first_uses(experts) if self._unused else 0
-        return Decision(hits, self._admit(missing, needed), first)
+        return Decision(hits, self._admit(missing, needed))
 
     def request_in_parts(
         self, experts: Sequence[int], uses: Sequence[int] | None = None
@@ -131,10 +127,9 @@ class Residency:
     def _parts(self, experts: Sequence[int], uses: Sequence[int] | None) -> Iterator[Decision]:
         hits, missing = self._sorted(experts, uses)
         self._use(hits + missing)
-        first_uses = self.first_uses(experts)
         room = self.capacity - len(hits)
         first = missing[:room]
-        yield Decision(tuple(hits), self._admit(first, {*hits, *first}), first_uses)
+        yield Decision(tuple(hits), self._admit(first, {*hits, *first}))
         for start in range(room, len(missing), self.capacity):
             part = missing[start : start + self.capacity]
             yield Decision((), self._admit(part, set(part)))
@@ -165,8 +160,7 @@ class Residency:
         wanted = load([of[expert] for expert in missing]) if missing else 0
         count = max(0, min(wanted, self.capacity - len(hits)))
         on_host, loaded = missing[: len(missing) - count], missing[len(missing) - count :]
-        first = self.first_uses(experts)
-        return Decision(tuple(hits), self._admit(loaded, {*hits, *loaded}), first), tuple(on_host)
+        return Decision(tuple(hits), self._admit(loaded, {*hits, *loaded})), tuple(on_host)
 
     def _sorted(
         self, experts: Sequence[int], uses: Sequence[int] | None
@@ -195,19 +189,7 @@ class Residency:
         missing = [expert for expert in kept if expert not in self._slot]
         hits = tuple([expert for expert in kept if expert in self._slot])
         self.policy.prefetched(kept[::-1])
-        loads = self._admit(missing, set(kept))
-        self._unused.update(missing)
-        return Decision(hits, loads)
-
-    def first_uses(self, experts: Sequence[int]) -> int:
-        """Note a request of *experts*; returns for how many it is the first use of a prefetch."""
-        used = self._unused.intersection(experts)
-        self._unused -= used
-        return len(used)
-
-    def forget_prefetches(self) -> None:
-        """Stop counting whether what prefetches brought so far is used."""
-        self._unused.clear()
+        return Decision(hits, self._admit(missing, set(kept)))
 
     # --- slots ----------------------------------------------------------------------------------
 
@@ -216,7 +198,6 @@ class Residency:
         self._slot.clear()
         self.slot_of.fill(-1)
         self.expert_of.fill(-1)
-        self._unused.clear()
         self.policy.reset(self.num_experts)
 
     def _admit(self, missing: Sequence[int], needed: set[int]) -> tuple[Load, ...]:
@@ -231,7 +212,6 @@ class Residency:
         if len(missing) > free:
             candidates = sorted([expert for expert in slot if expert not in needed])
             victims = self.policy.victims(candidates, len(missing) - free)
-            self._unused.difference_update(victims)
         loads = []
         for number, expert in enumerate(missing):
             evicted: int | None = None
@@ -267,7 +247,6 @@ class Residency:
         }
         assert len(resident) <= self.capacity
         assert sorted(resident.values()) == list(range(len(resident)))
-        assert self._unused <= self._slot.keys()
 
 
 # --- prompts that must not push out what decoding uses --------------------------------------------
@@ -279,7 +258,6 @@ class Stream(NamedTuple):
     hits: tuple[int, ...]
     admitted: tuple[Load, ...]
     passing: tuple[int, ...]
-    first_uses: int = 0
 
     @property
     def loads(self) -> int:
@@ -313,9 +291,8 @@ class StreamedPrefill:
         hits = tuple(expert for expert in experts if expert in residency)
         missing = sorted(needed.difference(hits), key=lambda expert: (-count[expert], expert))
         residency.policy.use(sorted(experts, key=lambda expert: (count[expert], expert)))
-        first = residency.first_uses(experts)
         free = residency.capacity - len(residency)
         replaceable = len(residency) - len(hits)
         room = free + (replaceable if self.admit is None else min(self.admit, replaceable))
         admitted = residency._admit(missing[:room], needed)
-        return Stream(hits, admitted, tuple(missing[room:]), first)
+        return Stream(hits, admitted, tuple(missing[room:]))

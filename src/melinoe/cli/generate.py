@@ -67,8 +67,6 @@ def command(
 def _cost(handle: Any, result: Any, choice: str, prefetch: str) -> dict[str, Any]:
     """Give what a text cost: memory, hits and loads, and time."""
     counters, by_layer = result.counters, handle.slots_by_layer
-    blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]
-    wasted = counters.prefetch_unused * blocks
     return {
         "slots": handle.slots,
         **({"slots_by_layer": list(by_layer)} if len(set(by_layer)) > 1 else {}),
@@ -80,9 +78,6 @@ def _cost(handle: Any, result: Any, choice: str, prefetch: str) -> dict[str, Any
         "computed_there_per_token": counters.on_host_per_token(),
         "prefetch": prefetch,
         "prefetch_per_token": counters.prefetch_per_token(),
-        "prefetch_precision": counters.prefetch_precision(),
-        "prefetch_recall": counters.prefetch_recall(),
-        "prefetch_waste_bytes": int(wasted.sum()) if counters.prefetch_loads.any() else None,
         "adjusted_hit_rate": counters.adjusted_hit_rate("completion"),
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,

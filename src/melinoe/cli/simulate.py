@@ -17,12 +17,7 @@ if TYPE_CHECKING:
     from melinoe.cache.trace import Trace
 
 _TIME = "Predicted time, with --link"
-OF_PREFETCHES = (
-    "adjusted_hit_rate",
-    "prefetch_precision",
-    "prefetch_recall",
-    "prefetch_waste_per_token",
-)
+OF_PREFETCHES = ("adjusted_hit_rate",)
 
 
 def command(

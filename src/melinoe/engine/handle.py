@@ -160,7 +160,7 @@ class Handle:
     # --- acting ---------------------------------------------------------------------------------
 
     def reset_counters(self) -> None:
-        """Set counters, stall time and transferred bytes to zero, and forget earlier prefetches."""
+        """Set counters, stall time and transferred bytes to zero."""
         with self.lock:
             self.engine.reset_counters()
 

@@ -103,11 +103,9 @@ class ReferenceEngine:
         return self.passes.counters.copy()
 
     def reset_counters(self) -> None:
-        """Count from zero: what was prefetched before is not counted as used afterwards."""
+        """Count from zero."""
         self.passes.counters.reset()
         self.transfer.reset()
-        for cache in self.experts:
-            cache.residency.forget_prefetches()
 
     @contextmanager
     def every_step_seen(self) -> Iterator[None]:

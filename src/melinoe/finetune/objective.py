@@ -3,7 +3,6 @@ The training objective: next-token loss plus weighted terms over every MoE layer
 
     nll      next-token loss on completion tokens
     cache    cache simulation: experts of a token that an imagined cache lacks
-    rank     rank matching: the base router's order of experts that a router breaks
     concentration   few experts within a sequence, all of them over the batch
     replay   next-token loss on anchor text
 
@@ -29,9 +28,7 @@ from melinoe.losses import (
     completion_positions,
     concentration_loss,
     next_token_loss,
-    rank_matching_loss,
 )
-from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.routing import Router, Routing, RoutingRecorder
 
 REPLAYED_AT_ONCE = 2  # texts beside each batch
@@ -83,7 +80,7 @@ class Objective:
     Run batches and weigh what the forward passes recorded.
 
     Args:
-        routers: Of the model before training: their weights now are the base router's.
+        routers: Of the model.
         settings: Weights and forms of the terms.
         replay: Anchor text; needed where ``lambda_replay`` is above 0.
 
@@ -99,7 +96,6 @@ class Objective:
     ):
         self.settings, self.replay = settings, replay
         self.recorder = RoutingRecorder(routers)
-        self._base = BaseRouters(routers) if settings.lambda_rank > 0 else None
         self.next_replayed = 0  # batch of anchor text on this device
         for router in routers:
             if router.top_k is not None:
@@ -171,7 +167,6 @@ class Objective:
         weights = {
             "nll": 1.0,
             "cache": settings.lambda_cache,
-            "rank": settings.lambda_rank,
             "concentration": settings.lambda_concentration,
             "replay": settings.lambda_replay,
         }
@@ -204,40 +199,16 @@ class Objective:
             logits = stack([one.logits for one in group])
             chosen = stack([one.top_k_index for one in group])
             capacity = self._capacity(group[0].router, top_k)
+            given = (logits, chosen, completion)
+            sizes: dict[str, Any] = {
+                "capacity": capacity, "num_experts": num_experts, "denominator": denominator,
+            }  # fmt: skip
             with nullcontext() if settings.lambda_cache else torch.no_grad():
-                found["cache"].append(
-                    cache_simulation_loss(
-                        logits,
-                        chosen,
-                        completion,
-                        gamma=settings.gamma,
-                        capacity=capacity,
-                        num_experts=num_experts,
-                        form=settings.cache_loss,  # type: ignore[arg-type]
-                        denominator=denominator,
-                    )
-                )
-            if self._base is not None:
-                found.setdefault("rank", []).append(
-                    rank_matching_loss(
-                        logits,
-                        stack([self._base.logits(one) for one in group]),
-                        completion,
-                        rho=settings.rho,
-                        denominator=denominator,
-                    )
-                )
+                form: Any = settings.cache_loss
+                lacks = cache_simulation_loss(*given, gamma=settings.gamma, form=form, **sizes)
+                found["cache"].append(lacks)
             if settings.lambda_concentration > 0:
-                found.setdefault("concentration", []).append(
-                    concentration_loss(
-                        logits,
-                        chosen,
-                        completion,
-                        capacity=capacity,
-                        num_experts=num_experts,
-                        denominator=denominator,
-                    )
-                )
+                found.setdefault("concentration", []).append(concentration_loss(*given, **sizes))
         return {name: torch.cat(by_shape).mean() for name, by_shape in found.items()}
 
     def _capacity(self, router: Router, top_k: int) -> int:

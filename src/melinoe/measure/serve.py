@@ -34,11 +34,6 @@ _ESTIMATES: dict[str, tuple[str, str | None]] = {
     "ttft_s": ("ttft_s", None),
     "stall_ms_per_token": ("stall_ms", "tokens"),
 }
-_OF_PREFETCHES = {
-    "prefetch_precision": ("prefetch_used", "prefetch_loads"),
-    "prefetch_waste_per_token": ("prefetch_unused", "tokens"),
-    "prefetch_recall": ("prefetch_used_decoding", "missed_without"),
-}
 
 
 def serving(
@@ -172,14 +167,9 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
         raise DataError(
             "no prompt got a second token, so nothing was decoded; check the prompts' ends"
         )
-    asked = dict(_ESTIMATES)
-    if any(columns["prefetch_loads"]):
-        asked |= _OF_PREFETCHES
-        if not any(columns["missed_without"]):
-            del asked["prefetch_recall"]
     estimates = {
         name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
-        for name, (top, bottom) in asked.items()
+        for name, (top, bottom) in _ESTIMATES.items()
     }
     return {**facts, **estimates, "per_prompt": columns, "machine": machine()}
 
@@ -197,7 +187,7 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         return float(np.median([getattr(run, name) for run in runs]))
 
     uses, loads, on_host = count("uses"), count("loads"), count("on_host")
-    prefetches, in_time = int(counters.prefetch_loads.sum()), count("prefetch_used")
+    prefetches = int(counters.prefetch_loads.sum())
     return {
         "prompt_tokens": len(one.prompt_ids),
         "new_tokens": len(one.ids),
@@ -206,12 +196,8 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "hits": count("hits"),
         "loads": loads,
         "prefetch_loads": prefetches,
-        "prefetch_used": int(counters.prefetch_used.sum()),
-        "prefetch_used_decoding": in_time,
-        "prefetch_unused": int(counters.prefetch_unused.sum()),
         "elsewhere": on_host,
         "prefill_elsewhere": count("on_host", PROMPT),
-        "missed_without": in_time + loads + on_host,
         "uses_not_paid": uses - loads - prefetches - on_host,
         "prefill_loads": count("loads", PROMPT),
         "zero_miss": count("zero_miss_tokens"),

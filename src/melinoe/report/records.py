@@ -37,8 +37,7 @@ FIELDS: dict[str, dict[str, Schema]] = {
         **fields("count", "num_experts", "slots?"),
         "link?": _LINK,
         **fields("estimate", "hit_rate?", "adjusted_hit_rate?", "zero_miss_tokens?",
-                 "transfers_per_token?", "prefetch_transfers_per_token?", "prefetch_precision?",
-                 "prefetch_recall?", "prefetch_waste_per_token?", "prefill_transfers?",
+                 "transfers_per_token?", "prefetch_transfers_per_token?", "prefill_transfers?",
                  "tokens_per_s?", "tpot_s?", "ttft_s?", "stall_ms_per_token?"),
     },
     "quality": {

@@ -40,9 +40,6 @@ TRANSFERS = {
     "adjusted_hit_rate": ("adjusted hit rate", "%"),
     "transfers_per_token": ("demanded / token", ""),
     "prefetch_transfers_per_token": ("prefetched / token", ""),
-    "prefetch_precision": ("precision of prefetch", "%"),
-    "prefetch_recall": ("recall of prefetch", "%"),
-    "prefetch_waste_per_token": ("prefetched in vain / token", ""),
     "prefill_transfers": ("transfers in prefill", ""),
 }
 PREDICTIONS = {
@@ -51,7 +48,6 @@ PREDICTIONS = {
     "prefill": "the prefill's experts",
     "learned": "the learned predictor",
 }
-OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
 MAIN_NOTE = (
     "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast as "
     "base; in brackets their intervals, paired by prompt or text where the records list those."
@@ -196,13 +192,11 @@ def time_table(serving: Serving) -> Table:
 def transfer_table(serving: Serving) -> Table:
     """Make the table of what was copied and when, one row per strategy, the same on any link."""
     runs = {strategy: serving.run(strategy) for strategy in serving.strategies}
-    prefetched = any(estimate(run, "prefetch_precision") for run in runs.values())
-    shown = {k: about for k, about in TRANSFERS.items() if prefetched or k not in OF_PREFETCHES}
     rows = [
-        [Cell(strategy), *(cell(estimate(run, key), unit) for key, (_, unit) in shown.items())]
+        [Cell(strategy), *(cell(estimate(run, key), unit) for key, (_, unit) in TRANSFERS.items())]
         for strategy, run in runs.items()
     ]
-    columns = ["strategy", *(text for text, _ in shown.values())]
+    columns = ["strategy", *(text for text, _ in TRANSFERS.values())]
     return Table("transfers", f"Transfers: {serving.title}", columns, rows)
 
 

@@ -30,7 +30,7 @@ _TWICE = tl.constexpr(2045)
 _NEVER = tl.constexpr((1 << 63) - 1)
 
 # Fields of a row of the counters.
-COUNTERS = ("uses", "hits", "loads", "requests", "prefetch_used")
+COUNTERS = ("uses", "hits", "loads", "requests")
 _FIELDS = tl.constexpr(len(COUNTERS))
 
 # (token, choice) pairs of one request: 16 bits count them.
@@ -56,7 +56,6 @@ def _decide(
     key_at = clock_ptr[:, None] + 1 + experts
     slot_at = key_at + num_experts
     expert_of_at = clock_ptr + 1 + 2 * num_experts
-    unused_at = expert_of_at[:, None] + capacity + experts
     pairs = lane[:, None] * num_pairs + tl.arange(0, BLOCK_P)[None, :]
 
     # Which experts are needed, and by how many (token, choice) pairs.
@@ -79,10 +78,6 @@ def _decide(
     num_missing = (sums >> 10 & 1023).to(tl.int32)
     filled = (sums >> 20 & 1023).to(tl.int32)
     hit_uses, num_uses = sums >> 30 & 65535, sums >> 46
-
-    # Experts that a prefetch brought and that this request is the first to ask for.
-    unused = tl.load(unused_at, mask=exists, other=0)
-    first_uses = tl.sum(tl.where(needed, unused, 0), axis=1)
 
     # Tell the policy; without a needed expert there is no request and nothing changes.
     key = tl.load(key_at, mask=exists, other=0)
@@ -128,7 +123,6 @@ def _decide(
         tl.store(load_slot_ptr + entry, place.to(tl.int32), mask=active)
         tl.store(expert_of_at + place, expert.to(tl.int64), mask=active)
     tl.store(slot_at, slot, mask=exists)
-    tl.store(unused_at, tl.where(needed | (slot < 0), 0, unused), mask=exists)
     tl.store(num_loads_ptr + row, num_missing)
 
     counted = counters_ptr + row * _FIELDS
@@ -136,7 +130,6 @@ def _decide(
     tl.store(counted + 1, tl.load(counted + 1) + hit_uses)
     tl.store(counted + 2, tl.load(counted + 2) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + (num_needed > 0).to(tl.int64))
-    tl.store(counted + 4, tl.load(counted + 4) + first_uses)
 
     # Renumber the pairs. "No expert" computes some loaded slot with weight zero.
     first = tl.min(tl.where(needed, experts, BLOCK_E), axis=1)
@@ -173,7 +166,7 @@ class DeviceResidency:
     Attributes:
         state: int64, a row by layer, as the module's docstring has it.
         load_expert, load_slot, num_loads: int32, by layer: what to load, the slots, how many hold.
-        counts: int64 ``(layers + 1, 5)``: `COUNTERS` by layer; in the last row tokens, passes,
+        counts: int64 ``(layers + 1, 4)``: `COUNTERS` by layer; in the last row tokens, passes,
             passes without a load, and their tokens.
 
     Raises:
@@ -286,12 +279,6 @@ class DeviceResidency:
         first = 1 + self.num_experts[layer]
         slot_of = self.state[layer, first : first + self.num_experts[layer]].cpu().numpy()
         return np.flatnonzero(slot_of >= 0).tolist()
-
-    def forget_prefetches(self) -> None:
-        """Count no prefetch of before as used later."""
-        for layer, (experts, slots) in enumerate(zip(self.num_experts, self.capacity, strict=True)):
-            end = packed_length(experts, slots)
-            self.state[layer, end - experts : end].zero_()
 
     def reset(self) -> None:
         """Empty all slots, and let the policies forget; the counters stay."""

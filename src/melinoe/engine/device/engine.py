@@ -80,10 +80,9 @@ class DeviceEngine:
         return self.passes.counters.plus(self.residencies.counters())
 
     def reset_counters(self) -> None:
-        """Count from zero: what was prefetched before is not counted as used afterwards."""
+        """Count from zero."""
         self.passes.counters.reset()
         self.residencies.counts.zero_()
-        self.residencies.forget_prefetches()
 
     @contextmanager
     def every_step_seen(self) -> Iterator[None]:
