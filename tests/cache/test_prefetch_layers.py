@@ -9,43 +9,9 @@ from melinoe import attach
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import Given, Prompt, most_wanted, prefetcher
 from melinoe.cache.simulator import simulate
-from melinoe.engine.passes import Route
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.predictor import FitSettings, compare, fit
 from tests import small_olmoe
-
-
-def run(route, *layers):
-    """One whole pass that reaches *layers*."""
-    for layer in layers:
-        route.reached(layer)
-    route.end_pass()
-
-
-def test_before_any_pass_the_next_layer_is_the_next_number():
-    """Three layers: 0 -> 1 -> 2 -> none."""
-    assert [Route(3).after(layer) for layer in range(3)] == [1, 2, None]
-
-
-def test_a_pass_teaches_its_order_and_leaves_what_it_left_out():
-    """Four layers, a pass of 0 and 2: after 0 comes 2, after 2 nothing; of 1 it taught nothing."""
-    route = Route(4)
-    run(route, 0, 2)
-    assert [route.after(layer) for layer in range(4)] == [2, 2, None, None]
-    run(route, 0, 1, 2, 3)
-    assert [route.after(layer) for layer in range(4)] == [1, 2, 3, None]
-
-
-def test_a_pass_that_broke_off_teaches_nothing():
-    """Layer 1 was skipped, then the pass failed: the next number is still the best guess."""
-    route = Route(3)
-    route.reached(0)
-    route.reached(2)
-    assert route.after(0) == 1  # nothing is learned before the end
-    route.drop_pass()
-    route.end_pass()
-    assert [route.after(layer) for layer in range(3)] == [1, 2, None]
-
 
 IMAGE, BEFORE, AFTER = 120, 122, 123
 TEXT = dict(

@@ -70,26 +70,23 @@ class HostExperts:
         if store.views(layer.index, 0) is None:
             with torch.inference_mode(False):
                 self._buffer = buffers.setdefault(layer.parts, empty_block(layer.parts))
+        children = {} if device.type == "cpu" else dict(layer.module.named_children())
         # A norm of the module's own is needed here too.
-        self._children = (
-            {}
-            if device.type == "cpu"
-            else {n: copy.deepcopy(m).cpu() for n, m in layer.module.named_children()}
-        )
+        self._children = {name: copy.deepcopy(child).cpu() for name, child in children.items()}
 
     def add_to(self, pairs: Pairs, ids: np.ndarray, experts: Sequence[int]) -> None:
         """Compute all *pairs* of *experts*; *ids* is ``top_k_index``, flat, on the host."""
-        begin = time.perf_counter()
+        begin, transfer = time.perf_counter(), self._transfer
+        assert transfer is not None
         due = [np.flatnonzero(ids == expert) for expert in experts]
         all_due = np.concatenate(due)
         rows, place = np.unique(pairs.tokens_of(all_due), return_inverse=True)
         hidden = pairs.rows(torch.from_numpy(rows).to(self._device)).cpu()
-        self._travel(hidden)
+        transfer.carry_activations(hidden.nbytes)
         outputs = self.compute(hidden, place, experts, [len(one) for one in due])
-        self._travel(outputs)
+        transfer.carry_activations(outputs.nbytes)
         pairs.put(torch.from_numpy(all_due).to(self._device), outputs.to(self._device))
-        if self._transfer is not None:
-            self._transfer.host_s += time.perf_counter() - begin
+        transfer.host_s += time.perf_counter() - begin
 
     def compute(
         self, hidden: Tensor, place: np.ndarray, experts: Sequence[int], counts: Sequence[int]
@@ -99,15 +96,14 @@ class HostExperts:
 
         *place* is the row of each pair, expert after expert; *counts* the pairs of each.
         """
-        parts, begin = [], 0
-        index = torch.from_numpy(place)
-        for expert, count in zip(experts, counts, strict=True):
-            of_expert = hidden[index[begin : begin + count]]
+        parts = []
+        for expert, rows in zip(experts, torch.from_numpy(place).split(list(counts)), strict=True):
+            own = hidden[rows]
             # One choice per row and weight 1: the product and the sum change no bit.
-            first = torch.zeros((count, 1), dtype=torch.int64, device="cpu")
-            ones = of_expert.new_ones((count, 1))
-            parts.append(self._forward(self._stand_in(expert), of_expert, first, ones))
-            begin += count
+            first = torch.zeros((len(own), 1), dtype=torch.int64, device="cpu")
+            parts.append(
+                self._forward(self._stand_in(expert), own, first, own.new_ones(first.shape))
+            )
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _stand_in(self, expert: int) -> StandIn:
@@ -115,19 +111,13 @@ class HostExperts:
         if self._buffer is not None:
             self._store.read(self.layer.index, expert, self._buffer)
             expert = 0  # always the same buffer
-        made = self._stand_ins.get(expert)
-        if made is None:
+        if expert not in self._stand_ins:
             block = self._buffer or self._store.views(self.layer.index, expert)
             assert block is not None
             slots = {name: tensor.unsqueeze(0) for name, tensor in block.items()}
             made = self._stand_ins[expert] = StandIn(self.layer.module, slots, 1)
-            for name, child in self._children.items():
-                setattr(made, name, child)
-        return made
-
-    def _travel(self, activations: Tensor) -> None:
-        if self._transfer is not None:
-            self._transfer.carry_activations(activations.nbytes)
+            vars(made).update(self._children)
+        return self._stand_ins[expert]
 
 
 def measure_misses(
@@ -140,41 +130,17 @@ def measure_misses(
     """Time what *kind* rests on; nothing for ``wait``, else a second at most."""
     if kind == "wait":
         return Misses()
-    size = mean_block_bytes(store)
+    size = float(np.mean([layer.block_bytes for layer in layers]))
+    width = next(one for one in layers[0].tensors if one.name == "down_proj").rows_columns[0]
     buffers: dict[Any, dict[str, Tensor]] = {}
     hosts = [HostExperts(layer, store, device, None, buffers) for layer in layers]
 
     def host_s(rows: int) -> float:
-        hidden = torch.randn(rows, hidden_size(layers[0]), device="cpu").to(layers[0].pair_dtype)
+        hidden = torch.randn(rows, width, device="cpu").to(layers[0].pair_dtype)
         place = np.arange(rows)
         with torch.inference_mode():
             return _median_s(lambda n, e: hosts[n].compute(hidden, place, [e], [rows]), layers)
 
-    one_s = host_s(1)
-    machine = replace(
-        link_figures(store, link, time_read(layers, store, device)),
-        dram_bytes_per_s=size / one_s,
-        host_row_s=max((host_s(_ROWS) - one_s) / (_ROWS - 1), 0.0),
-    )
-    work = Work(expert_bytes=size, activation_bytes=activation_bytes(layers[0]))
-    return Misses(kind, machine, work)
-
-
-def link_figures(store: Store, link: EmulatedLink | None, read_s: float) -> Machine:
-    """How experts come into slots: over *link*, if any, or as *read_s* of `time_read` says."""
-    if link is not None:
-        return Machine(
-            link_bytes_per_s=link.bandwidth_bytes_per_s,
-            link_latency_s=link.latency_s,
-            copy_s=read_s,
-        )
-    if store.kind == "pinned":  # the host does not wait for it
-        return Machine(link_bytes_per_s=mean_block_bytes(store) / read_s)
-    return Machine(link_bytes_per_s=_NO_LINK, copy_s=read_s)
-
-
-def time_read(layers: Sequence[ExpertsLayer], store: Store, device: torch.device) -> float:
-    """Seconds of reading one expert from the store into a slot, alone: the median over some."""
     with torch.inference_mode(False):
         into = [
             {p.name: torch.empty(p.shape, dtype=p.dtype, device=device) for p in layer.parts}
@@ -186,12 +152,23 @@ def time_read(layers: Sequence[ExpertsLayer], store: Store, device: torch.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return _median_s(read, layers)
-
-
-def mean_block_bytes(store: Store) -> float:
-    """Bytes of one expert, the mean over layers."""
-    return float(np.mean([store.block_bytes(n) for n in range(store.num_layers)]))
+    one_s, read_s = host_s(1), _median_s(read, layers)
+    if store.kind == "pinned" and link is None:  # the host does not wait for a copy
+        carried = Machine(link_bytes_per_s=size / read_s)
+    elif link is None:
+        carried = Machine(link_bytes_per_s=_NO_LINK, copy_s=read_s)
+    else:
+        carried = Machine(
+            link_bytes_per_s=link.bandwidth_bytes_per_s,
+            link_latency_s=link.latency_s, copy_s=read_s,
+        )  # fmt: skip
+    machine = replace(
+        carried,
+        dram_bytes_per_s=size / one_s,
+        host_row_s=max((host_s(_ROWS) - one_s) / (_ROWS - 1), 0.0),
+    )
+    work = Work(expert_bytes=size, activation_bytes=width * layers[0].pair_dtype.itemsize)
+    return Misses(kind, machine, work)
 
 
 def _median_s(run: Callable[[int, int], object], layers: Sequence[ExpertsLayer]) -> float:
@@ -208,15 +185,3 @@ def _median_s(run: Callable[[int, int], object], layers: Sequence[ExpertsLayer])
         if len(taken) >= _LEAST and sum(taken) > _ENOUGH_S:
             break
     return float(np.median(taken))
-
-
-def hidden_size(layer: ExpertsLayer) -> int:
-    """Width of what goes into the experts."""
-    name = "gate_up_proj" if getattr(layer.module, "has_gate", True) else "up_proj"
-    shape = next(t.shape for t in layer.tensors if t.name == name)
-    return shape[0] if getattr(layer.module, "is_transposed", False) else shape[1]
-
-
-def activation_bytes(layer: ExpertsLayer) -> int:
-    """Bytes of one token on its way to the host."""
-    return hidden_size(layer) * layer.pair_dtype.itemsize

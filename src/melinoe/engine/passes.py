@@ -72,38 +72,6 @@ class Batch:
         return _padding_of(self.mask[:, 0], self.start)
 
 
-class Route:
-    """
-    Know which layer a forward pass reaches next, from the pass before.
-
-    Some models hold several stacks of experts in one decoder layer (for text and for images, say).
-    Until a pass has shown otherwise the next number is next.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self._next: list[int | None] = [*range(1, num_layers), None]
-        self._order: list[int] = []  # of the open pass, so far
-
-    def reached(self, layer: int) -> None:
-        """Note that *layer* made a request in the open pass."""
-        if not self._order or layer > self._order[-1]:
-            self._order.append(layer)
-
-    def end_pass(self) -> None:
-        """End the open pass, if there is one, and learn its order."""
-        for layer, following in zip(self._order, [*self._order[1:], None], strict=False):
-            self._next[layer] = following
-        self._order = []
-
-    def drop_pass(self) -> None:
-        """Learn nothing from the open pass, which broke off."""
-        self._order = []
-
-    def after(self, layer: int) -> int | None:
-        """The layer that is expected to make the next request after *layer*; None for none."""
-        return self._next[layer]
-
-
 class ForwardPasses:
     """
     Begins and ends the forward passes that counters and traces are made of.
@@ -119,7 +87,6 @@ class ForwardPasses:
         recorder, prompt_uses: Told of every pass, if there are any: `begin`, `add`, `end`, `drop`.
         before_completion: Called once, before the next pass of the completion asks for any expert.
         early: What the next layer's router said in the layer entered last; None if not asked.
-        route: Which layer comes next; whoever serves a request tells it.
         fallbacks: Decode steps that the host planned where the device should.
         inside: Whether a call of the model has begun and not returned.
     """
@@ -133,7 +100,6 @@ class ForwardPasses:
         self.prompt_uses: Any = None
         self.before_completion: Callable[[], None] | None = None
         self.early: Tensor | None = None
-        self.route = Route(counters.num_layers)
         self.fallbacks = 0
         self.inside = False
         self._model = model
@@ -171,7 +137,6 @@ class ForwardPasses:
         """Drop the open pass, which an exception has ended: its requests stay counted."""
         if self._seen:
             self._seen = 0
-            self.route.drop_pass()
             for listener in self._listeners():
                 listener.drop()
 
@@ -255,7 +220,6 @@ class ForwardPasses:
 
     def _end_uncounted(self) -> None:
         self._seen = 0
-        self.route.end_pass()
         for listener in self._listeners():
             listener.end()
 
@@ -271,12 +235,10 @@ class ForwardPasses:
         self._routers = self.early = None
 
     def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
-        self.early, target = None, self.route.after(layer)
-        if target is None:
-            routers.forget(layer)
-            return
+        self.early = None
         try:
-            self.early = routers.guess(layer, target, rows, top_k)
+            if layer + 1 < self.counters.num_layers:
+                self.early = routers.guess(layer, layer + 1, rows, top_k)
         except UnsupportedModelError:
             self._ask_no_more()
 

@@ -302,12 +302,8 @@ class ExpertCache:
 
     def _served(self, experts: list[int]) -> None:
         """The loads of a request are under way: now others may follow them."""
-        if not experts:
-            return
-        self._passes.route.reached(self._index)
-        target = self._passes.route.after(self._index)
-        if self._transfer.overlaps and target is not None and self._passes.early is not None:
-            self.peers[target].read_ahead(self._passes.early)
+        if experts and self._transfer.overlaps and self._passes.early is not None:
+            self.peers[self._index + 1].read_ahead(self._passes.early)
 
     def read_ahead(self, guess: Tensor) -> None:
         """Begin to read what *guess* ``(tokens, top_k)`` says this layer will load."""

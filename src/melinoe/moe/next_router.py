@@ -69,10 +69,6 @@ class NextRouters:
         self._handles.clear()
         self._inputs.clear()
 
-    def forget(self, layer: int) -> None:
-        """Drop the inputs of the router of *layer*: nobody will ask about them."""
-        self._inputs.pop(layer, None)
-
     @torch.no_grad()
     def guess(self, layer: int, target: int, rows: int, top_k: int) -> Tensor:
         """

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from torch import Tensor
 
 from melinoe.checkpoint.opening import Checkpoint
-from melinoe.experts.format import ExpertFormat
 from melinoe.host_memory import free_host_bytes
 from melinoe.moe.experts import ExpertsLayer
-from melinoe.stores.store import empty_block
+from melinoe.stores.store import Store, empty_block
 
 _log = logging.getLogger("melinoe")
 
 
-class DiskStore:
+class DiskStore(Store):
     """
     Reads an expert from the shards each time it is asked for, by any number of threads at once.
 
@@ -26,8 +24,7 @@ class DiskStore:
     experts do not fit into free memory. *layers*, in the formats that are read; absent: plain.
     """
 
-    kind: ClassVar[str] = "disk"
-    host_bytes: ClassVar[int] = 0
+    kind = "disk"
 
     def __init__(
         self,
@@ -35,8 +32,8 @@ class DiskStore:
         layers: Sequence[ExpertsLayer] | None = None,
         direct: bool | None = None,
     ) -> None:
+        super().__init__(checkpoint.layers if layers is None else layers)
         self._checkpoint = checkpoint
-        self._layers = checkpoint.layers if layers is None else layers
         if direct is None:
             free = free_host_bytes()
             direct = free is not None and checkpoint.expert_bytes > free
@@ -50,26 +47,6 @@ class DiskStore:
                     "read through it, which is slower where memory is short",
                     checkpoint.name, error.strerror or error,
                 )  # fmt: skip
-
-    @property
-    def num_layers(self) -> int:
-        """How many MoE layers."""
-        return len(self._layers)
-
-    def num_experts(self, layer: int) -> int:
-        """How many experts MoE layer *layer* has."""
-        return self._layers[layer].num_experts
-
-    def block_bytes(self, layer: int) -> int:
-        """Bytes of one expert of *layer*."""
-        return self._layers[layer].block_bytes
-
-    def format(self, layer: int) -> ExpertFormat:
-        """How the experts of *layer* are read."""
-        return self._layers[layer].format
-
-    def views(self, layer: int, expert: int) -> None:
-        """Nothing lies in host memory."""
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """

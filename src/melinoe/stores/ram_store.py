@@ -7,33 +7,33 @@ import mmap
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from melinoe.errors import AttachError, BudgetError, PinError
-from melinoe.experts.format import ExpertFormat
 from melinoe.host_memory import format_bytes
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store
 from melinoe.stores.weights import free_weights, give_weights_back, weights_of
 
 # Each tensor of a block begins at a multiple of this: a cache line, and wide enough for any copy.
 _ALIGNMENT = 64
 
 
-class RamStore:
+class RamStore(Store):
     """
     All experts in pageable host memory; BudgetError if the host does not have it.
 
     Made with room for *layers* and no contents: fill it through `views`, or by `from_modules`.
     """
 
-    kind: ClassVar[str] = "ram"
+    kind = "ram"
 
     def __init__(self, layers: Sequence[ExpertsLayer] = (), file: str | None = None) -> None:
+        super().__init__()
         self._file, self._filled = file, 0
-        self._layers: list[ExpertsLayer] = []
         self._blocks: list[Tensor] = []  # per layer: uint8 (num_experts, stride)
         self._views: list[dict[str, Tensor]] = []
         for layer in layers:
@@ -48,56 +48,32 @@ class RamStore:
         exists twice; packed ones at the end, since what was rounded could not be given back. Should
         it fail every module has its weights as before.
         """
-        store = cls()
-        if not all(layer.format.exact for layer in layers):
-            for at, layer in enumerate(layers):
-                store._add(layer)
-                own = weights_of(layer)
-                for expert in range(layer.num_experts):
-                    weights = {name: stack[expert].cpu() for name, stack in own.items()}
-                    store.write(at, expert, layer.format.encode(layer.tensors, weights))
-            for layer in layers:
-                free_weights(layer)
-            return store
+        store, exact = cls(), all(layer.format.exact for layer in layers)
         last = {id(p): at for at, layer in enumerate(layers) for p in weights_of(layer).values()}
         copied = 0  # a layer that was copied half-way still has its weights, and keeps them
         try:
             for at, layer in enumerate(layers):
                 store._add(layer)
                 own = weights_of(layer)
-                for name, view in store._views[-1].items():
-                    view.copy_(own[name].detach())
+                for expert in range(layer.num_experts):
+                    weights = {name: stack[expert].cpu() for name, stack in own.items()}
+                    store.write(at, expert, layer.format.encode(layer.tensors, weights))
                 copied = at + 1
                 # Weights that a later layer shares are needed until that layer has been read.
-                if all(last[id(p)] == at for p in own.values()):
+                if exact and all(last[id(p)] == at for p in own.values()):
                     free_weights(layer)
         except BaseException:
-            for layer in layers[:copied]:
+            for layer in layers[:copied] if exact else ():
                 give_weights_back(layer, store)
             raise
+        for layer in () if exact else layers:
+            free_weights(layer)
         return store
 
     @property
-    def num_layers(self) -> int:
-        """How many MoE layers."""
-        return len(self._layers)
-
-    @property
-    def host_bytes(self) -> int:
+    def host_bytes(self) -> int:  # type: ignore[override]
         """Bytes of all blocks, with the padding between their tensors."""
         return sum(blocks.numel() for blocks in self._blocks)
-
-    def num_experts(self, layer: int) -> int:
-        """How many experts MoE layer *layer* has."""
-        return self._layers[layer].num_experts
-
-    def format(self, layer: int) -> ExpertFormat:
-        """How the experts of *layer* are stored."""
-        return self._layers[layer].format
-
-    def block_bytes(self, layer: int) -> int:
-        """Bytes of one expert of *layer*, without padding."""
-        return self._layers[layer].block_bytes
 
     def views(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One block by part, where it lies; write to fill it."""
@@ -154,7 +130,7 @@ class PinnedStore(RamStore):
     AttachError: no CUDA device. PinError: the system refuses to lock that much.
     """
 
-    kind: ClassVar[str] = "pinned"
+    kind = "pinned"
 
     def __init__(self, layers: Sequence[ExpertsLayer] = (), file: str | None = None) -> None:
         if not torch.cuda.is_available():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from mmap import PAGESIZE
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,36 +13,39 @@ from melinoe.experts.format import ExpertFormat, Part
 from melinoe.moe.experts import ExpertsLayer
 
 
-@runtime_checkable
-class Store(Protocol):
+class Store:
     """Holds every expert of every MoE layer; read from, never written to, while serving."""
 
-    @property
-    def kind(self) -> str:
-        """``ram``, ``pinned`` or ``disk``."""
+    kind: ClassVar[str] = ""  # "ram", "pinned" or "disk"
+    host_bytes: Any = 0  # of host memory that it holds by itself
+
+    def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
+        self._layers = list(layers)  # in the formats in which experts are stored
 
     @property
     def num_layers(self) -> int:
         """How many MoE layers."""
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that the store holds by itself."""
+        return len(self._layers)
 
     def num_experts(self, layer: int) -> int:
         """How many experts MoE layer *layer* has."""
+        return self._layers[layer].num_experts
 
     def format(self, layer: int) -> ExpertFormat:
         """How the experts of *layer* are stored."""
+        return self._layers[layer].format
 
     def block_bytes(self, layer: int) -> int:
         """Bytes of one expert of *layer*, without padding: what one transfer carries."""
+        return self._layers[layer].block_bytes
 
     def views(self, layer: int, expert: int) -> dict[str, Tensor] | None:
         """One block where it lies in host memory, by part; None if it can only be read."""
+        return None
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """Copy one expert into *into*: per part of a block, a view of one slot."""
+        raise NotImplementedError
 
 
 def empty_blocks(parts: Sequence[Part], count: int) -> dict[str, Tensor]:
@@ -56,8 +59,7 @@ def empty_blocks(parts: Sequence[Part], count: int) -> dict[str, Tensor]:
         nbytes = count * part.nbytes
         room = torch.empty(nbytes + PAGESIZE, dtype=torch.uint8, device="cpu")
         first = -room.data_ptr() % PAGESIZE
-        flat = room[first : first + nbytes].view(part.dtype)
-        found[part.name] = flat.view(count, *part.shape)
+        found[part.name] = room[first : first + nbytes].view(part.dtype).view(count, *part.shape)
     return found
 
 

@@ -55,7 +55,6 @@ class DevicePasses(ForwardPasses):
             self.end()  # an encoder's and a decoder's, say: one may fit the slots, the other not
         self._tokens = tokens
         super().enter(layer, top_k_index)
-        self.route.reached(layer)  # only the device knows the choice; there is one, as a rule
 
     def in_prompt(self, inputs: Mapping[str, Any]) -> bool:
         """Tell whether a call with *inputs* is one of several parts of a prompt."""
