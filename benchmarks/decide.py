@@ -36,7 +36,7 @@ from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
-POLICIES = ("lru", "lfu", "lfru", "static", "belady")
+POLICIES = ("lru", "lfu", "static", "belady")
 WARM_UP, ROUNDS = 200, 2000
 # Experts 0 to 6 are in every request with a miss, and each of 16 to 63 misses once.
 MISSES = [[*range(TOP_K - 1), expert] for expert in range(SLOTS, EXPERTS)]

@@ -34,7 +34,7 @@ from melinoe.cache.trace import Trace
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
 GOAL = 1_000_000
-COMPILED = ("lru", "lfu", "lfru", "static", "belady")
+COMPILED = ("lru", "lfu", "static", "belady")
 
 
 def skewed(rows: int, prompt: int) -> Trace:

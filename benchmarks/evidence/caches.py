@@ -15,9 +15,9 @@ from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import Simulation, simulate
 from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 
-POLICIES = ("lru", "lfu", "lfru", "static", "belady")
+POLICIES = ("lru", "lfu", "static", "belady")
 PREFETCHES = ("none", "popularity", "prefill", "predictor")
-COMPILED = ("lru", "lfu", "lfru", "static", "belady")  # equal counts, and far faster
+COMPILED = ("lru", "lfu", "static", "belady")  # equal counts, and far faster
 FIGURES = ("tokens", "uses", "hits", "loads", "ahead")
 
 Sums = dict[str, np.ndarray]

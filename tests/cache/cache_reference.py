@@ -1,7 +1,6 @@
 """An independent, slow replay: sets, rescans and the rules as written; shares no code with ours."""
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 
 @dataclass
@@ -25,7 +24,6 @@ class Layer:
     popularity: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.requests = []  # every request, as a set: LFRU counts and looks for the last
         self.resident = []
         self.served = []  # every expert served, in order: LRU looks for the last position
         self.score = [0.0] * self.num_experts
@@ -37,9 +35,6 @@ class Layer:
             return -max(i for i, e in enumerate(self.served) if e == expert)
         if self.rule == "lfu":
             return -self.score[expert]
-        if self.rule == "lfru":
-            used = [when for when, request in enumerate(self.requests, 1) if expert in request]
-            return -Fraction(len(used), len(self.requests) - used[-1] + 1)
         if self.rule == "static":
             return -self.popularity[expert]
         later = [i for i in range(self.now, len(self.future)) if expert in self.future[i]]
@@ -62,7 +57,6 @@ class Layer:
         self.served += experts if fits else hits + missing
         self.score = [self.gamma * s + (e in use_counts) for e, s in enumerate(self.score)]
         self.now += 1
-        self.requests.append(set(use_counts))
 
         tally = Tally(sum(use_counts.values()), sum(use_counts[e] for e in hits), len(missing), 1)
         part = hits + missing[: self.capacity - len(hits)]

@@ -8,7 +8,7 @@ from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import COMPILED_FROM, simulate
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
-RULES = ["lru", "lfu", "lfru", "static", "belady"]
+RULES = ["lru", "lfu", "static", "belady"]
 
 
 def outcome(simulation):

@@ -12,7 +12,6 @@ from cache_traces import random_trace, trace_of
 from melinoe import config
 from melinoe.cache import policy as policies
 from melinoe.cache.policy import (
-    LFRU,
     LRU,
     Belady,
     DecayedLFU,
@@ -166,7 +165,7 @@ def test_no_policy_beats_belady_when_requests_come_in_parts(seed):
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():
     """The message is the list to choose from."""
-    with pytest.raises(MelinoeError, match="'fifo'; choose one of lru, lfu, lfru, s"):
+    with pytest.raises(MelinoeError, match="'fifo'; choose one of lru, lfu, s"):
         policy("fifo")
 
 
@@ -198,27 +197,6 @@ def test_a_policy_from_outside_can_be_registered(monkeypatch):
     assert evictions(Residency(3, 2, "mru"), [[0], [1], [2]]) == [[], [], [1]]
     with pytest.raises(ValueError, match="a name of its own"):
         register(Mru)
-
-
-def test_lfru_divides_uses_by_the_age_of_the_last():
-    """{0} {0} {0} {1} {2}: when 2 comes, 0 has 3/3 and 1 has 1/2, so 1 leaves; LRU would take 0."""
-    lfru = LFRU()
-    residency = Residency(3, 2, lfru)
-    for experts in ([0], [0], [0], [1]):
-        residency.request(experts)
-    (load,) = residency.request([2]).loads
-    assert load.evicted == 1
-    assert [lfru.rank(e) for e in range(3)] == [3 / 3, 1 / 2, 1 / 1]
-
-
-def test_lfru_lets_an_old_favourite_go_in_the_end():
-    """0 three times, then nothing for six requests: 3/7 against 1/2 of the newcomer's last use."""
-    residency = Residency(3, 2, LFRU())
-    for experts in ([0], [0], [0], [1], [1], [1], [1], [1]):
-        residency.request(experts)
-    (load,) = residency.request([2]).loads
-    # Clock 9: 0 has 3 / (9 - 3 + 1), 1 has 5 / (9 - 8 + 1).
-    assert load.evicted == 0
 
 
 def test_static_gives_up_the_unpopular_however_recent():
@@ -260,7 +238,7 @@ def test_options_of_a_policy_reach_it():
 def test_the_settings_name_ours_that_run_a_model_by_name_alone():
     """Of the built-in policies, exactly those that need no future and no data."""
     able = []
-    for name in ("belady", "lfru", "lfu", "lru", "static"):
+    for name in ("belady", "lfu", "lru", "static"):
         cls = policy_class(name)
         assert cls.name == name
         if cls.offline:

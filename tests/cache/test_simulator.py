@@ -13,7 +13,7 @@ from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
-RULES = ["lru", "lfu", "lfru", "static", "belady"]
+RULES = ["lru", "lfu", "static", "belady"]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -80,7 +80,7 @@ def test_an_expert_that_answers_for_its_neighbour_shows(model, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru"])
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize("miss", MISSES)
 def test_simulated_counts_equal_measured_counts(model, way, policy, miss):
     """Told the same rule, the simulator loads and leaves the same experts, prefetches included."""

@@ -13,7 +13,7 @@ from small_olmoe import tiny_model
 
 import melinoe
 from melinoe.cache.curves import miss_curves, unit_costs
-from melinoe.cache.policy import policy
+from melinoe.cache.policy import Static, policy
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.demo import DemoSettings
@@ -89,19 +89,24 @@ def test_every_call_evicts_by_lfu_unless_told_otherwise():
     assert policy("lfu").gamma == 0.98
 
 
+def unpopular():
+    """A policy that no GPU decides by."""
+    return Static([0.0] * 8)
+
+
 def test_auto_takes_the_fast_engine_where_it_can_run(gpu):
     """On a GPU, by LFU, waiting for misses, with room for all experts; else it says why not."""
     chosen = choose(slots=4)
     assert (chosen.engine, chosen.store, str(chosen.device)) == ("fast", "pinned", "cuda:0")
     for options, reason in (
-        ({"policy": "lfru"}, "not by lfru"),
+        ({"policy": unpopular}, "not by static"),
         ({"miss": "cpu"}, "miss"),
         ({"store": "disk"}, "store"),
         ({"ram": "8KiB"}, "do not fit into 8KiB"),
     ):
         other = choose(slots=4, **options)
         assert other.engine == "reference" and reason in other.why[0]
-    assert choose(ram="8KiB").store == "disk" and choose(policy="lfru").store == "pinned"
+    assert choose(ram="8KiB").store == "disk" and choose(policy=unpopular).store == "pinned"
     assert choose(engine="reference").engine == "reference"
 
 

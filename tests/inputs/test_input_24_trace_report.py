@@ -34,7 +34,7 @@ def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
         monkeypatch.setattr(Residency, name, slow)
     records = trace_records(trace, "mine")
     assert {one["policy"] for one in records if one["kind"] == "curve"} == {
-        "lru", "lfu", "lfru", "static", "belady",
+        "lru", "lfu", "static", "belady",
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="in Python"):
         simulator.simulate(trace, 2, LRU)

@@ -31,7 +31,7 @@ def bench(melinoe, place, *more):
 def test_every_size_policy_and_prefetch_is_served_beside_all_experts(melinoe, place):
     """2 sizes x 2 policies x 2 prefetches and all resident; counts are as simulated, or exit 1."""
     code, out, err = bench(
-        melinoe, place, "--slots", 2, "--slots", 4, "--policy", "lfu", "--policy", "lfru",
+        melinoe, place, "--slots", 2, "--slots", 4, "--policy", "lfu", "--policy", "lru",
         "--predictor", place / "predictor", "--prefetch", "none", "--prefetch", "predictor",
         "--json",
     )  # fmt: skip

@@ -31,7 +31,7 @@ def test_a_trace_is_replayed_with_the_compiled_policies():
     """One slot of four: layer 0 always hits, layer 1 never; four: its fourth token comes back."""
     records = trace_records(two_sequences(), "mine")
     curves = {one["policy"]: one for one in records if one["kind"] == "curve"}
-    assert list(curves) == ["lru", "lfu", "lfru", "static", "belady"]
+    assert list(curves) == ["lru", "lfu", "static", "belady"]
     assert curves["lru"]["slots"] == [1, 2, 3, 4]
     rates = [one["mean"] for one in curves["lru"]["hit_rate"]]
     assert rates == pytest.approx([8 / 16, 8 / 16, 8 / 16, 10 / 16])
@@ -42,9 +42,9 @@ def test_policies_are_chosen_by_name_and_progress_is_told():
     """Four sizes of each; a policy named twice counts once."""
     told = []
     records = trace_records(
-        two_sequences(), "mine", ["lfru", "lru", "lfru"], lambda *now: told.append(now)
+        two_sequences(), "mine", ["static", "lru", "static"], lambda *now: told.append(now)
     )
-    assert [one["policy"] for one in records if one["kind"] == "curve"] == ["lfru", "lru"]
+    assert [one["policy"] for one in records if one["kind"] == "curve"] == ["static", "lru"]
     assert told == [(done, 8) for done in range(1, 9)]
     with pytest.raises(MelinoeError, match="oldest"):
         trace_records(two_sequences(), "mine", ["oldest"])
@@ -73,10 +73,10 @@ def test_the_command_replays_the_policies_it_is_told(tmp_path):
     """A policy needs a trace to replay; its curve alone stands in the page."""
     two_sequences().save(tmp_path / "t.safetensors")
     out = tmp_path / "r.html"
-    told = ["report", str(tmp_path / "t.safetensors"), "--out", str(out), "--policy", "lfru"]
+    told = ["report", str(tmp_path / "t.safetensors"), "--out", str(out), "--policy", "lfu"]
     assert CliRunner().invoke(app, told).exit_code == 0
     twin = out.with_suffix(".md").read_text()
-    assert "| t, lfru |" in twin and "t, lru" not in twin
+    assert "| t, lfu |" in twin and "t, lru" not in twin
     (tmp_path / "r.json").write_text("[]")
     told[1] = str(tmp_path / "r.json")
     assert CliRunner().invoke(app, told).exit_code == 2

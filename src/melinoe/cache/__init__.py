@@ -3,6 +3,6 @@
 # On a miss: wait for the expert, compute it on the CPU, or whichever is faster.
 MISSES = ("wait", "cpu", "split")
 # It loads less than lru on gpt-oss-20b, and in 8 of 12 cases of the shipped model; in 3 it loads up
-# to .1 % more, with slots for one token alone. No GPU decides by lfru, which is level with it.
+# to .1 % more, with slots for one token alone.
 # Tables: docs/findings.md#which-policy-and-how-far-from-belady and "Real routing".
 DEFAULT_POLICY = "lfu"

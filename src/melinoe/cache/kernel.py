@@ -22,7 +22,7 @@ from melinoe.cache.policy import COMPILED_POLICIES, policy_class
 from melinoe.cache.trace import Trace
 
 RULES = {name: number for number, name in enumerate(COMPILED_POLICIES)}
-LRU, LFU, LFRU, STATIC, BELADY = RULES.values()
+LRU, LFU, STATIC, BELADY = RULES.values()
 
 # Compiled code is kept by the time of its own file alone. As the default of an argument this is
 # part of what it is kept by, so that a change here or in the rules compiles it anew.
@@ -38,7 +38,6 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 _note_lru, _note_lfu = compiled(policies.note_lru), compiled(policies.note_lfu)
-_note_lfru, _rank_lfru = compiled(policies.note_lfru), compiled(policies.rank_lfru)
 
 
 # --- a request, in the parts that both loops share ------------------------------------------------
@@ -46,15 +45,13 @@ _note_lfru, _rank_lfru = compiled(policies.note_lfru), compiled(policies.rank_lf
 
 @compiled
 def workspace(experts, num_experts, rule):  # type: ignore[no-untyped-def]
-    """Make the arrays of a loop: ids, uses, places, next requests, the rule's three, the future."""
+    """Make the arrays of a loop: ids, uses, places, next requests, ranks, the future."""
     rows = experts.shape[0] if rule == BELADY else 0
     return (
         np.empty(num_experts, np.int64),
         np.zeros(num_experts, np.int64),
         np.empty(num_experts, np.int64),
         np.zeros(num_experts, np.int64),
-        np.zeros(num_experts, np.float64),
-        np.zeros(num_experts, np.float64),
         np.zeros(num_experts, np.float64),
         np.empty((rows, experts.shape[2]), np.int64),
     )
@@ -80,37 +77,25 @@ def begin(rule, experts, bounds, layer, popularity, rank, following, upcoming): 
 
 
 @compiled
-def forget(rule, rank, last, count, place):  # type: ignore[no-untyped-def]
+def forget(rule, rank, place):  # type: ignore[no-untyped-def]
     """Empty the slots and forget all requests; returns *now*. Popularity and the future stay."""
     place[:] = -1
     if rule != STATIC and rule != BELADY:
         rank[:] = 0.0
-        last[:] = 0.0
-        count[:] = 0.0
     return 1.0 if rule == LFU else 0.0
 
 
 @compiled
-def use(rule, order, found, rank, last, count, now, gamma, following):  # type: ignore[no-untyped-def]
+def use(rule, order, found, rank, now, gamma, following):  # type: ignore[no-untyped-def]
     """Tell the rule of one request, served as ``order[:found]``; returns the new *now*."""
     if rule == LRU:
-        return _note_lru(order[:found], rank, last, count, now, gamma)
+        return _note_lru(order[:found], rank, now, gamma)
     if rule == LFU:
-        return _note_lfu(order[:found], rank, last, count, now, gamma)
-    if rule == LFRU:
-        return _note_lfru(order[:found], rank, last, count, now, gamma)
+        return _note_lfu(order[:found], rank, now, gamma)
     if rule == BELADY:
         for i in range(found):
             rank[order[i]] = -following[order[i]]
     return now
-
-
-@compiled
-def refresh(rule, experts, found, rank, last, count, now):  # type: ignore[no-untyped-def]
-    """Bring the ranks of ``experts[:found]`` up to date under LFRU, where they fall unused."""
-    if rule == LFRU:
-        for i in range(found):
-            rank[experts[i]] = _rank_lfru(experts[i], last, count, now)
 
 
 @compiled
@@ -199,9 +184,7 @@ def replay(  # type: ignore[no-untyped-def]
     int64 (units, 2, 5, layers), uses, hits, loads, requests, chunked; *waited* int64 (passes,),
     loads of all layers; *loads_of* and *experts_of* int32 (passes, layers) unless empty.
     """
-    ids, count, place, following, rank, last, times, upcoming = workspace(
-        experts, num_experts, rule
-    )
+    ids, count, place, following, rank, upcoming = workspace(experts, num_experts, rule)
     order = np.empty(num_experts, np.int64)
     missing = np.empty(num_experts, np.int64)
     resident = np.empty(num_experts, np.int64)
@@ -210,10 +193,10 @@ def replay(  # type: ignore[no-untyped-def]
     for layer in range(experts.shape[1]):
         capacity = slots[layer]
         begin(rule, experts, bounds, layer, popularity, rank, following, upcoming)
-        now, filled = forget(rule, rank, last, times, place), 0
+        now, filled = forget(rule, rank, place), 0
         for step in range(len(bounds) - 1):
             if resets[step]:
-                now, filled = forget(rule, rank, last, times, place), 0
+                now, filled = forget(rule, rank, place), 0
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
             )
@@ -236,7 +219,7 @@ def replay(  # type: ignore[no-untyped-def]
             for i in range(absent):
                 order[present + i] = missing[i]
             served = ids if fits else order
-            now = use(rule, served, found, rank, last, times, now, gamma, following)
+            now = use(rule, served, found, rank, now, gamma, following)
             mine += 1
             for i in range(found if fits else present):
                 mark[served[i]] = mine
@@ -244,7 +227,6 @@ def replay(  # type: ignore[no-untyped-def]
             while low < absent:
                 for i in range(low, high):
                     mark[missing[i]] = mine
-                refresh(rule, resident, filled, rank, last, times, now)
                 filled = admit(
                     missing, low, high, resident, place, filled, capacity, mark, mine, rank
                 )
@@ -282,19 +264,17 @@ def distances(  # type: ignore[no-untyped-def]
     their uses, the last column "never before" (one layer: all added up); *largest* int64 (layers,),
     experts of the largest request.
     """
-    ids, count, place, following, rank, last, times, upcoming = workspace(
-        experts, num_experts, rule
-    )
+    ids, count, place, following, rank, upcoming = workspace(experts, num_experts, rule)
     stack = np.empty(num_experts, np.int64)
     after = np.empty(num_experts, np.int64)
     pool = np.empty(num_experts, np.int64)
     for layer in range(experts.shape[1]):
         at_layer = layer if loads_at.shape[1] > 1 else 0
         begin(rule, experts, bounds, layer, popularity, rank, following, upcoming)
-        now, depth = forget(rule, rank, last, times, place), 0
+        now, depth = forget(rule, rank, place), 0
         for step in range(len(bounds) - 1):
             if resets[step]:
-                now, depth = forget(rule, rank, last, times, place), 0
+                now, depth = forget(rule, rank, place), 0
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
             )
@@ -306,8 +286,7 @@ def distances(  # type: ignore[no-untyped-def]
                 distance = at if at >= 0 else num_experts
                 loads_at[group[step], at_layer, distance] += 1
                 uses_at[group[step], at_layer, distance] += count[ids[i]]
-            now = use(rule, ids, found, rank, last, times, now, gamma, following)
-            refresh(rule, stack, depth, rank, last, times, now)
+            now = use(rule, ids, found, rank, now, gamma, following)
 
             for i in range(found):
                 after[i] = ids[i]

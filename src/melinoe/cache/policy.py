@@ -14,7 +14,7 @@ from melinoe.errors import MelinoeError
 
 _Policy = TypeVar("_Policy", bound="type[Policy]")
 # Policies that the compiled replay knows, numbered there in this order.
-COMPILED_POLICIES = ("lru", "lfu", "lfru", "static", "belady")
+COMPILED_POLICIES = ("lru", "lfu", "static", "belady")
 
 
 class Policy:
@@ -79,8 +79,7 @@ class RankedPolicy(Policy):
     Ranks depend on the requests alone, which makes these policies stack algorithms
     (`melinoe.cache.curves`), and outlive eviction. *note* keeps the state up with a request; being
     compiled as well it works on lists and arrays alike and calls nothing but `math`:
-    ``note(experts, rank, last, count, now, gamma) -> now``, the first four by expert. *start* is
-    the first *now*.
+    ``note(experts, rank, now, gamma) -> now``, *rank* by expert. *start* is the first *now*.
     """
 
     note: ClassVar[Callable[..., float]]
@@ -91,17 +90,11 @@ class RankedPolicy(Policy):
         """Forget all requests."""
         self._now = self.start
         self._rank = [0.0] * num_experts
-        self._last = [0.0] * num_experts
-        self._count = [0.0] * num_experts
         self._note = type(self).note  # looked up once: `use` runs per layer and token
 
     def use(self, experts: Sequence[int]) -> None:
         """Let the rule keep its state up."""
-        self._now = self._note(experts, self._rank, self._last, self._count, self._now, self.gamma)
-
-    def rank(self, expert: int) -> float:
-        """Rank of an expert now."""
-        return self._rank[expert]
+        self._now = self._note(experts, self._rank, self._now, self.gamma)
 
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
         """Lowest ranks first; *candidates* ascend, and both min and sort keep the first."""
@@ -110,7 +103,7 @@ class RankedPolicy(Policy):
         return sorted(candidates, key=self._rank.__getitem__)[:count]
 
 
-def note_lru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
+def note_lru(experts, rank, now, gamma):  # type: ignore[no-untyped-def]
     """Stamp each expert with the time of its use."""
     for expert in experts:
         rank[expert] = now
@@ -131,7 +124,7 @@ class LRU(RankedPolicy):
     note = staticmethod(note_lru)
 
 
-def note_lfu(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
+def note_lfu(experts, rank, now, gamma):  # type: ignore[no-untyped-def]
     """Decay every rank by growing the unit, *now*, then credit the experts used."""
     unit = now / gamma
     if unit > 2.0**512:
@@ -171,45 +164,6 @@ class DecayedLFU(RankedPolicy):
     def scores(self) -> list[float]:
         """Scores in units of one use now, float (num_experts,)."""
         return [rank / self._now for rank in self._rank]
-
-
-def note_lfru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
-    """Let one tick pass; note it, and one more use, for each expert."""
-    now += 1.0
-    for expert in experts:
-        last[expert] = now
-        count[expert] += 1.0
-    return now
-
-
-def rank_lfru(expert, last, count, now):  # type: ignore[no-untyped-def]
-    """Divide the uses of an expert by the age of the last one."""
-    return count[expert] / (now - last[expert] + 1.0)
-
-
-@register
-class LFRU(RankedPolicy):
-    """
-    Evict the expert of the lowest ``frequency / (clock - last + 1)``.
-
-    The clock counts requests, *last* is its value at the expert's last use and *frequency* the
-    requests that used it, never decayed.
-
-    Source:
-        The ratio form, as in public studies of MoE traces; not the rule of that name with two
-            partitions (Bilal and Kang, IEEE Access 5, 2017).
-    """
-
-    name = "lfru"
-    note = staticmethod(note_lfru)
-
-    def rank(self, expert: int) -> float:
-        """Rank of an expert now; it falls while the expert is not used."""
-        return rank_lfru(expert, self._last, self._count, self._now)
-
-    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
-        """Lowest ranks first."""
-        return sorted(candidates, key=self.rank)[:count]
 
 
 # --- policies that know something -----------------------------------------------------------------

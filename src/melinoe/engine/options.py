@@ -56,7 +56,7 @@ class Options:
     )
     policy: str | Callable[[], Any] = setting(
         DEFAULT_POLICY,
-        "which resident expert is evicted first: lfu, lru or lfru",
+        "which resident expert is evicted first: lfu or lru",
     )
     policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
     engine: str = setting(

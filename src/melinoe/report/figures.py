@@ -169,7 +169,7 @@ def policy_name(policy: str) -> str:
     """Write a policy's name as people do: ``LRU``, ``static``."""
     if policy == "belady":
         return "Belady"
-    return policy.upper() if policy in ("lru", "lfu", "lfru") else policy
+    return policy.upper() if policy in ("lru", "lfu") else policy
 
 
 def _band(axes: Any, at: Sequence[int], rates: Sequence[Record], label: str, **look: Any) -> None:

@@ -7,6 +7,7 @@ import tiny
 import torch
 from fast_attach import attach
 
+from melinoe.cache.policy import Static
 from melinoe.cache.prefetch import Popularity
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
@@ -262,7 +263,7 @@ def test_steps_that_may_not_fit_are_counted_and_logged_once(model, caplog):
     [
         ({"slots": 9}, BudgetError, "between 1 and 8"),
         ({"slots": 2, "policy": "belady"}, Exception, "belady"),
-        ({"slots": 2, "policy": "lfru"}, AttachError, "lru or lfu"),
+        ({"slots": 2, "policy": lambda: Static([0.0] * 8)}, AttachError, "lru or lfu"),
         ({"slots": 2, "format": "int3"}, AttachError, "int8.*int4"),
         ({"slots": 2, "staging_experts": 0}, AttachError, "1 or more"),
         ({"slots": 2, "admit": -1}, ValueError, "0 or more"),
