@@ -89,7 +89,6 @@ class Counters:
     ) -> None:
         """
         Count one request from the *decisions* that served it, in order; nothing without experts.
-
         *uses* are the (token, choice) pairs of each of *experts*; the host computed those
         *on_host*.
         """

@@ -53,7 +53,6 @@ def miss_curves(
 ) -> MissCurves:
     """
     The cost of every number of slots per layer under one policy; equal to simulating each.
-
     Arguments and errors as in `simulate`.
     """
     layers, experts = trace.num_layers, trace.num_experts
@@ -104,7 +103,6 @@ def unit_costs(
 ) -> UnitCosts:
     """
     Count what each unit's completion costs with each number of slots; equal to simulating each.
-
     Arguments and errors as in `simulate`; *progress* is called once for each size that is done.
     """
     for size in slots:

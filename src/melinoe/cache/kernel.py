@@ -178,11 +178,10 @@ def replay(  # type: ignore[no-untyped-def]
     """
     Replay all layers, one after the other.
 
-    From *experts* int16 (rows, layers, top_k), *bounds* int64 (passes + 1,) where each pass's rows
-    begin, *phase* uint8, *unit_of* int64 and *resets* bool (passes,), *slots* int64 (layers,), a
-    rule of `RULES`, its *gamma* and *popularity* float64 (layers, num_experts). Filled: *counts*
-    int64 (units, 2, 5, layers), uses, hits, loads, requests, chunked; *waited* int64 (passes,),
-    loads of all layers; *loads_of* and *experts_of* int32 (passes, layers) unless empty.
+    From *experts* int16 (rows, layers, top_k), *bounds*, where each pass's rows begin, *phase*,
+    *unit_of* and *resets* by pass, *slots* by layer. Filled: *counts* int64 (units, 2, 5, layers),
+    uses, hits, loads, requests, chunked; *waited* int64 (passes,), loads of all layers; *loads_of*
+    and *experts_of* int32 (passes, layers) unless empty.
     """
     ids, count, place, following, rank, upcoming = workspace(experts, num_experts, rule)
     order = np.empty(num_experts, np.int64)
@@ -259,10 +258,8 @@ def distances(  # type: ignore[no-untyped-def]
 
     A stack holds every expert seen: a cache of C slots holds the first C of it. A request of n
     experts puts them first; after them each place takes the best of those that a cache so large
-    held and that has not found one yet. Filled, else as `replay`: *loads_at* and *uses_at* int64
-    (groups, layers, num_experts + 1), by the passes' *group*, layer and distance - 1, experts and
-    their uses, the last column "never before" (one layer: all added up); *largest* int64 (layers,),
-    experts of the largest request.
+    held and that has not found one yet. Filled: *loads_at* and *uses_at* int64 (groups, layers,
+    num_experts + 1) by distance - 1, the last column "never before"; *largest* int64 (layers,).
     """
     ids, count, place, following, rank, upcoming = workspace(experts, num_experts, rule)
     stack = np.empty(num_experts, np.int64)
@@ -322,9 +319,8 @@ def distances(  # type: ignore[no-untyped-def]
 
 class Prepared:
     """
-    A trace and a policy, by name, as the compiled loops take them.
-
-    Of each pass: *phase*, uint8; *tokens*, int64, its rows; *unit*, its place in *units*.
+    A trace and a policy, by name, as the compiled loops take them. Of each pass: *phase*, uint8;
+    *tokens*, int64, its rows; *unit*, its place in *units*.
     """
 
     def __init__(

@@ -36,9 +36,8 @@ def reuse(trace: Trace) -> np.ndarray:
 
 def distinct_experts(trace: Trace) -> np.ndarray:
     """
-    Distinct experts that the completion tokens of the whole trace used, int64 (layers,).
-
-    A small number here is collapse; a small number per sequence is locality.
+    Distinct experts that the completion tokens of the whole trace used, int64 (layers,). A small
+    number here is collapse; a small number per sequence is locality.
     """
     counts = _choices(trace, trace.kind == COMPLETION_ROW)
     return (counts > 0).sum(axis=1)

@@ -19,10 +19,9 @@ COMPILED_POLICIES = ("lru", "lfu", "static", "belady")
 
 class Policy:
     """
-    Choose who is evicted; the same calls give the same answers, on every machine.
-
-    *offline*: it must know all requests to come, so that it cannot run a model. *needs_data*: its
-    name alone does not make one.
+    Choose who is evicted; the same calls give the same answers, on every machine. *offline*: it
+    must know all requests to come, so that it cannot run a model. *needs_data*: its name alone does
+    not make one.
     """
 
     name: ClassVar[str] = ""

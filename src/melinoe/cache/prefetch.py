@@ -41,10 +41,9 @@ class Given:
 
 class Prefetcher:
     """
-    Name experts to load ahead of need; the same calls give the same answers.
-
-    Ids are distinct, the most wanted first; those beyond a layer's slots are dropped, those
-    resident are not loaded again. *uses_ids*: whether `Prompt.ids` must be given.
+    Name experts to load ahead of need; the same calls give the same answers. Ids are distinct, the
+    most wanted first; those beyond a layer's slots are dropped, those resident are not loaded
+    again. *uses_ids*: whether `Prompt.ids` must be given.
     """
 
     name: ClassVar[str] = ""
@@ -67,10 +66,9 @@ def load_ahead(
     prefetcher: Prefetcher, prompt: Prompt, load: Callable[[int, list[int]], int]
 ) -> list[int]:
     """
-    Ask *prefetcher* once a prompt was read, and *load* what it names, layer by layer.
-
-    Returns how many loads of each layer that took, as *load* says: `Residency.prefetch`, and in an
-    engine the copies too. ValueError for an answer that does not name every layer.
+    Ask *prefetcher* once a prompt was read, and *load* what it names, layer by layer. Returns how
+    many loads of each layer that took, as *load* says: `Residency.prefetch`, and in an engine the
+    copies too. ValueError for an answer that does not name every layer.
     """
     wanted = prefetcher.before_completion(prompt)
     if wanted is None:
@@ -109,11 +107,9 @@ def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
 
 def most_wanted(wanted: np.ndarray, slots: int, known: np.ndarray | None = None) -> list[list[int]]:
     """
-    Name the *slots* experts of each layer that are wanted most, the most wanted first.
-
-    *wanted* is (layers, num_experts), ties go to the lower id. Only *known* ones are named, by
-    default those above 0: where layers differ an expert that nobody ever chose may not exist at
-    all.
+    Name the *slots* experts of each layer that are wanted most, the most wanted first. *wanted* is
+    (layers, num_experts), ties go to the lower id. Only *known* ones are named, by default those
+    above 0: where layers differ an expert that nobody ever chose may not exist at all.
     """
     known = np.asarray(wanted) > 0 if known is None else known
     order = np.argsort(-np.where(known, wanted, -np.inf), axis=1, kind="stable")[:, :slots]

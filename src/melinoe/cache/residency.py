@@ -176,7 +176,6 @@ class Residency:
     def prefetch(self, experts: Sequence[int]) -> Decision:
         """
         Load *experts* ahead of need, the most wanted first; those beyond `capacity` are dropped.
-
         None is evicted for another of the same call. To the policy it is one request, the most
         wanted served last, unless `Policy.prefetched` says else.
         """

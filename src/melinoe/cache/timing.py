@@ -141,7 +141,6 @@ def computed_s(
 ) -> float:
     """
     Seconds in which the host computes missing experts: U of the formulas, but for the copies.
-
     *pairs* of token and choice chose them, absent: one each; of so many *rows*, absent: spread
     evenly.
     """
@@ -195,10 +194,9 @@ class Timing:
 
 def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     """
-    Time a simulation, made with ``steps=True``, by the module's formulas.
-
-    HardwareError: the host computed misses, and its memory's bandwidth is not given; or computing
-    can be predicted neither from a measured pass nor from bytes.
+    Time a simulation, made with ``steps=True``, by the module's formulas. HardwareError: the host
+    computed misses, and its memory's bandwidth is not given; or computing can be predicted neither
+    from a measured pass nor from bytes.
     """
     steps = simulation.steps
     if steps is None:

@@ -41,10 +41,8 @@ _WAY_OUT = "record one with `melinoe trace`"
 class ForwardPass(NamedTuple):
     """
     One forward pass; its phase is 1, completion, if it has a completion token and no prompt token,
-    else 0.
-
-    *requests* are, per layer, the distinct experts, ascending, and how many (token, choice) pairs
-    picked each, padding's too.
+    else 0. *requests* are, per layer, the distinct experts, ascending, and how many (token, choice)
+    pairs picked each, padding's too.
     """
 
     phase: int

@@ -45,14 +45,10 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
     """
     Load everything but the experts onto *device*, in evaluation mode.
 
-    The model comes out of transformers' ``from_pretrained``, so tied weights, buffers, types and
-    the generation config are its own doing; only the experts' parameters are empty, ``(0, ...)``,
-    as `melinoe.attach` leaves them too.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape than the config says; the
-            generation config is not readable; the routers are not those that ``melinoe.json``
-            names.
+    The model comes out of transformers' ``from_pretrained``, so tied weights, buffers and types are
+    its own doing; only the experts' parameters are empty, ``(0, ...)``. CheckpointError: a tensor
+    is missing or has another shape than the config says; the generation config is not readable; the
+    routers are not those that ``melinoe.json`` names.
     """
     model = _without(checkpoint, device)
     wanted = read_metadata(checkpoint.source).get("fingerprint")
@@ -212,9 +208,8 @@ def _name_it(model: Any, checkpoint: Checkpoint) -> None:
 @contextlib.contextmanager
 def _loading_quietly() -> Iterator[None]:
     """
-    Let transformers read each tensor when its turn comes, and say nothing about it.
-
-    By default it reads ahead in threads, and so holds the experts that it stacks twice.
+    Let transformers read each tensor when its turn comes, and say nothing about it. By default it
+    reads ahead in threads, and so holds the experts that it stacks twice.
     """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before, verbosity = os.environ.get(name), transformers_logging.get_verbosity()

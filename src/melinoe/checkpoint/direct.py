@@ -21,10 +21,9 @@ _local = threading.local()
 
 class DirectReader:
     """
-    Reads an open file with ``O_DIRECT``; threads may read at the same time.
-
-    Where a buffer lies in memory as the bytes lie in the file, up to whole blocks, they go straight
-    there; else through 4 MiB of the reading thread. OSError where there are no such reads.
+    Reads an open file with ``O_DIRECT``; threads may read at the same time. Where a buffer lies in
+    memory as the bytes lie in the file, up to whole blocks, they go straight there; else through 4
+    MiB of the reading thread. OSError where there are no such reads.
     """
 
     def __init__(self, fd: int) -> None:

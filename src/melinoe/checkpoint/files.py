@@ -57,12 +57,9 @@ def pinned(name: str, path: Path) -> str:
 
 def locate(name: str, filename: str, download: bool = True) -> Path | None:
     """
-    Find one file of a checkpoint; None where the checkpoint has no such file.
-
-    *name* is a directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
-    Without *download*, or where the hub cannot be reached, a file outside the local cache counts
-    as absent.
-    CheckpointError: no such path, repository or revision; the hub fails.
+    Find one file of a checkpoint, a directory or ``org/model@revision`` of the hub; None where it
+    has no such file, nor without *download* or a hub the local cache. CheckpointError: no such
+    path, repository or revision; the hub fails.
     """
     directory = _path(name)
     if directory.is_dir():
@@ -130,10 +127,9 @@ def read_object(path: Path, way_out: str = "download it again") -> dict[str, Any
 
 def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     """
-    Read the model's config, as of plain weights. Code from the hub is never run.
-
-    CheckpointError: not readable, or weights packed in a way that is not read;
-    UnsupportedModelError: transformers does not know the family.
+    Read the model's config, as of plain weights. Code from the hub is never run. CheckpointError:
+    not readable, or weights packed in a way that is not read; UnsupportedModelError: transformers
+    does not know the family.
     """
     path, raw = read_raw_config(name, download)
     check_packing(raw, name)

@@ -92,11 +92,9 @@ FIELDS: Schema = {
 
 def read_metadata(name: str | Path) -> dict[str, Any]:
     """
-    Read and check a checkpoint's ``melinoe.json``; empty where it has none.
-
-    Its ``schema_version`` is checked and left out; a file without one is of the first version.
-    Fields that this release does not know are kept. CheckpointError: malformed, or of a newer
-    release.
+    Read and check a checkpoint's ``melinoe.json``; empty where it has none. Its ``schema_version``
+    is checked and left out; a file without one is of the first version. Fields that this release
+    does not know are kept. CheckpointError: malformed, or of a newer release.
     """
     path = locate(str(name), METADATA)
     if path is None:
@@ -141,10 +139,9 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def describe_base(name: str | Path) -> dict[str, Any]:
     """
-    Say what a base model is called and under which terms, as ``melinoe.json`` holds it.
-
-    ``base`` is the hub name, or the directory's own name, for a path is nobody else's business;
-    ``base_model`` the hub name; ``license`` and ``language`` what the base's card says.
+    Say what a base model is called and under which terms, as ``melinoe.json`` holds it. ``base`` is
+    the hub name, or the directory's own name, for a path is nobody else's business; ``base_model``
+    the hub name; ``license`` and ``language`` what the base's card says.
     """
     local = is_directory(str(name))
     card = read_card(name)
@@ -176,9 +173,8 @@ def describe_data(
 ) -> dict[str, Any]:
     """
     Say what a model was trained on, so that somebody else can tell whether they have the same.
-
-    ``sha256`` is of the file's bytes, of a directory's files one after the other, or, from the
-    hub, of the examples as JSON lines; ``sha256_of`` says which.
+    ``sha256`` is of the file's bytes, of a directory's files one after the other, or, from the hub,
+    of the examples as JSON lines; ``sha256_of`` says which.
     """
     found: dict[str, Any] = {
         "source": source and str(source),

@@ -47,20 +47,11 @@ def pack(name: str, format: str, out: str | Path) -> float:
     """
     Write a checkpoint anew with its experts in *format*; memory of the experts of two layers.
 
-    Args:
-        name: A directory, or a name on the hub.
-        format: A name of `melinoe.experts.formats.FORMATS`; ``plain`` writes packed weights as
-            they mean, which any engine reads.
-        out: The directory to make; whole or not at all.
+    ``plain`` writes packed weights as they mean, which any engine reads. Returns how far the first
+    expert of each layer is off: the root mean square of the difference over that of the weights.
 
-    Returns:
-        How far the experts are off: the root mean square of the difference over that of the
-        weights, of the first expert of each layer.
-
-    Raises:
-        OutputExistsError, CheckpointError, WriteError: as `open_checkpoint` and `whole_directory`.
-        UnsupportedModelError: no such format, or one that cannot hold these experts or does
-        already.
+    OutputExistsError, CheckpointError, WriteError: as `open_checkpoint` and `whole_directory`.
+    UnsupportedModelError: no such format, or one that cannot hold these experts or does already.
     """
     check_output(out)
     wanted = named_format(format)

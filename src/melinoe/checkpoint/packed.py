@@ -33,8 +33,8 @@ _FP8: Any = FORMATS["fp8"]
 # Position in a word at which each of AWQ's eight outputs lies.
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 _ACT_ORDER = (
-    "{name} was quantised in the order of activations (act-order, desc_act), whose groups are "
-    "scattered over the inputs and are not read here; take a checkpoint without it"
+    "in the order of activations (act-order, desc_act), whose groups are scattered over the inputs "
+    "and are not read here; take a checkpoint without it"
 )
 
 Stored = Mapping[str, Place]
@@ -43,17 +43,12 @@ Settings = Mapping[str, Any]
 
 class PackedPlace:
     """
-    Read matrices that a checkpoint holds packed: one, or one for each expert.
+    Read matrices that a checkpoint holds packed, *shape* ``(..., outputs, inputs)``: one or one for
+    each expert.
 
-    Looks like a `Place` of plain weights: `read` decodes them.
-
-    Args:
-        name: Of the plain weights, which `read` is asked for as *dtype*.
-        stored: By what they hold: ``codes``, ``scales``, ...
-        packed: Format of the block that `read_parts` gives.
-        shape: ``(..., outputs, inputs)``.
-        transposed: Whether the plain weights are ``(..., inputs, outputs)``.
-        fill: Reads the parts of one matrix; absent where they are ranges of the stored tensors.
+    Looks like a `Place` of plain weights, which `read` decodes, as *dtype*, and which are
+    *transposed* where they are ``(..., inputs, outputs)``. *stored* is by what it holds: ``codes``,
+    ``scales``, ...; *fill* reads the parts of one matrix, absent where they are ranges of it.
     """
 
     def __init__(
@@ -94,9 +89,8 @@ class PackedPlace:
 
     def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
         """
-        Read one matrix, by its *index*, as parts of a block.
-
-        *into* has contiguous CPU tensors as `PackedFormat.matrix_parts` lists them.
+        Read one matrix, by its *index*, as parts of a block. *into* has contiguous CPU tensors as
+        `PackedFormat.matrix_parts` lists them.
         """
         if self._fill is not None:
             self._fill(self, into, index)
@@ -124,23 +118,15 @@ def _check(stored: Stored, kind: str, expected: tuple[int, ...]) -> None:
 
 
 class _Rule(NamedTuple):
-    """
-    Name the stored tensors that make one packed matrix.
+    """Name the stored tensors that make one packed matrix."""
 
-    Attributes:
-        format: Of an expert's block; the scales' type may be another where they are stored.
-        endings: What a stored tensor holds -> how its name ends; the scales tell that there is a
-            matrix. With ``?`` it may be absent.
-        plain: How the name of the plain weights ends.
-        place: Makes the place of name, stored tensors and type.
-        unused: Endings of tensors that only quantised activations need.
-    """
-
-    format: PackedFormat
+    format: PackedFormat  # of an expert's block; the scales' type may be another where stored
+    # What a stored tensor holds -> how its name ends; the scales tell that there is a matrix. With
+    # ``?`` it may be absent.
     endings: Mapping[str, str]
-    plain: str
-    place: Callable[[str, Stored, torch.dtype], PackedPlace]
-    unused: tuple[str, ...] = ()
+    plain: str  # how the name of the plain weights ends
+    place: Callable[[str, Stored, torch.dtype], PackedPlace]  # of name, stored tensors and type
+    unused: tuple[str, ...] = ()  # endings of tensors that only quantised activations need
 
 
 def _mxfp4(settings: Settings) -> list[_Rule]:
@@ -167,16 +153,16 @@ def _fp8_place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
             "kind of fp8 that is read here; take a checkpoint of another kind"
         )
     *count, rows, columns = info.shape
-    squares = (-(-rows // BLOCK), -(-columns // BLOCK))
-    one = prod(scales.info.shape) == prod(count)
-    if not one:
+    squares: tuple[int, ...] = (-(-rows // BLOCK), -(-columns // BLOCK))
+    if one := prod(scales.info.shape) == prod(count):
+        squares = ()
+    else:
         _check(stored, "scales", (*count, *squares))
 
     def fill(place: PackedPlace, into: Mapping[str, Tensor], index: int) -> None:
         stored["codes"].read(into["codes"], index * into["codes"].numel())
-        shape = () if one else squares
-        own = torch.empty(shape, dtype=torch.float32, device="cpu")
-        scales.read(own, index * prod(shape))
+        own = torch.empty(squares, dtype=torch.float32, device="cpu")
+        scales.read(own, index * prod(squares))
         if not one:  # as often as the format has rows of scales in a square
             finer: Any = place.format
             own = own.repeat_interleave(BLOCK // finer.rows, 0)[: len(into["scales"])]
@@ -204,14 +190,20 @@ def _grouped(
     group: int | None,
     shape: tuple[int, int],
     fill: Callable[[PackedPlace, Mapping[str, Tensor], int], None],
+    by_row: bool = False,
 ) -> PackedPlace:
-    """Make the place of integer codes with a scale for each group of inputs."""
-    columns = shape[1]
+    """Make the place of integer codes, with scales by row and group of inputs, or by group."""
+    rows, columns = shape
     if columns % (group or columns) or columns * bits % 32:
         raise CheckpointError(
             f"{name} has {columns} inputs, which do not divide into groups of {group} and words of "
             "32 bits; download the checkpoint again"
         )
+    groups = columns // (group or columns)
+    words = -(-rows * bits // 32) if stored["codes"].info.dtype == torch.int32 else rows
+    for kind, height in (("scales", rows), ("zeros", words)):
+        if kind in stored:
+            _check(stored, kind, (height, groups) if by_row else (groups, height))
     offset = "zero" if "zeros" in stored else "symmetric"
     packed = Integer(bits, group, offset, stored["scales"].info.dtype)
     return PackedPlace(name, stored, packed, shape, dtype, fill=fill)
@@ -237,7 +229,7 @@ def _compressed_place(
 ) -> PackedPlace:
     """Read compressed-tensors: pack-quantized (int32 words) or int-quantized (int8 codes)."""
     if "order" in stored:
-        raise CheckpointError(_ACT_ORDER.format(name=name))
+        raise CheckpointError(f"{name} was quantised {_ACT_ORDER}")
     info = stored["codes"].info
     in_words = info.dtype == torch.int32
     if len(info.shape) != 2 or not (in_words or info.dtype == torch.int8):
@@ -246,7 +238,6 @@ def _compressed_place(
             "download the checkpoint again"
         )
     rows, width = info.shape
-    columns = width * 32 // bits if in_words else width
 
     def fill(place: PackedPlace, into: Mapping[str, Tensor], index: int) -> None:
         stored["codes"].read(into["codes"].view(info.dtype))
@@ -258,12 +249,8 @@ def _compressed_place(
             zeros = _numbers(zeros.T, bits).T if in_words else zeros.view(torch.uint8) ^ 128
             into["zeros"].copy_(zeros[:rows])
 
-    found = _grouped(name, stored, dtype, bits, group, (rows, columns), fill)
-    groups = columns // (group or columns)
-    _check(stored, "scales", (rows, groups))
-    if "zeros" in stored:
-        _check(stored, "zeros", (-(-rows * bits // 32) if in_words else rows, groups))
-    return found
+    shape = (rows, width * 32 // bits if in_words else width)
+    return _grouped(name, stored, dtype, bits, group, shape, fill, by_row=True)
 
 
 def _compressed(settings: Settings) -> list[_Rule]:
@@ -274,15 +261,13 @@ def _compressed(settings: Settings) -> list[_Rule]:
     for group in groups:
         weights, kind = group["weights"], group.get("format") or settings.get("format")
         strategy, bits = weights.get("strategy", "tensor"), weights["num_bits"]
-        number = weights.get("type", "int")
+        number = weights.get("type", "int"), bits
         square = list(weights.get("block_structure") or ()) == [BLOCK, BLOCK]
         unused = (".input_scale", ".output_scale", ".input_zero_point")
         endings = {"codes": ".weight", "scales": ".weight_scale"}
-        integers = ("pack-quantized", "int-quantized", "naive-quantized")
-        floats = ("float-quantized", "naive-quantized")
-        if kind in integers and (number, bits) in (("int", 4), ("int", 8)) and (
-            strategy in ("group", "channel")
-        ):  # fmt: skip
+        whole = kind in ("pack-quantized", "int-quantized", "naive-quantized")
+        floats = kind in ("float-quantized", "naive-quantized") and number == ("float", 8)
+        if whole and number in (("int", 4), ("int", 8)) and strategy in ("group", "channel"):
             size = _size(weights["group_size"]) if strategy == "group" else None
             symmetric = weights.get("symmetric", True)
             endings |= {"order?": ".weight_g_idx", "shape?": ".weight_shape"}
@@ -293,9 +278,7 @@ def _compressed(settings: Settings) -> list[_Rule]:
             made = Integer(bits, size, "symmetric" if symmetric else "zero")
             place: Any = partial(_compressed_place, bits, size)
             rules.append(_Rule(made, endings, ".weight", place, unused))
-        elif kind in floats and (number, bits) == ("float", 8) and (
-            strategy == "tensor" or (strategy == "block" and square)
-        ):  # fmt: skip
+        elif floats and (strategy == "tensor" or (strategy == "block" and square)):
             rules.append(_Rule(_FP8, endings, ".weight", _fp8_place, unused))
         else:
             raise CheckpointError(
@@ -316,10 +299,7 @@ def _gptq(settings: Settings) -> list[_Rule]:
     """Words of eight inputs ``(inputs / 8, outputs)``; zero points stored less one."""
     bits, group = settings["bits"], _size(settings.get("group_size", 128))
     if settings.get("desc_act"):
-        raise CheckpointError(
-            "in the order of activations (act-order, desc_act), whose groups are scattered over "
-            "the inputs and are not read here; take a checkpoint without it"
-        )
+        raise CheckpointError(_ACT_ORDER)
     if bits not in (4, 8):
         raise CheckpointError(f"with {bits} bits, and 4 and 8 are read here; take another one")
     less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
@@ -331,7 +311,7 @@ def _gptq(settings: Settings) -> list[_Rule]:
         if "order" in stored and place.name not in in_order:
             expected = torch.arange(place.columns, device="cpu") // (group or place.columns)
             if not torch.equal(stored["order"].load().to(expected.dtype), expected):
-                raise CheckpointError(_ACT_ORDER.format(name=place.name))
+                raise CheckpointError(f"{place.name} was quantised {_ACT_ORDER}")
             in_order.add(place.name)
         into["codes"].copy_(stored["codes"].load().T.contiguous().view(torch.uint8))
         into["scales"].copy_(stored["scales"].load().T)
@@ -339,12 +319,7 @@ def _gptq(settings: Settings) -> list[_Rule]:
 
     def place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
         height, rows = _words(stored["codes"])
-        columns = height * 32 // bits
-        found = _grouped(name, stored, dtype, bits, group, (rows, columns), fill)
-        groups = columns // (group or columns)
-        _check(stored, "scales", (groups, rows))
-        _check(stored, "zeros", (groups, rows * bits // 32))
-        return found
+        return _grouped(name, stored, dtype, bits, group, (rows, height * 32 // bits), fill)
 
     return [_Rule(Integer(bits, group, "zero"), endings, ".weight", place)]
 
@@ -370,11 +345,7 @@ def _awq(settings: Settings) -> list[_Rule]:
 
     def place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
         columns, width = _words(stored["codes"])
-        found = _grouped(name, stored, dtype, 4, group, (width * 8, columns), fill)
-        groups = columns // (group or columns)
-        _check(stored, "scales", (groups, width * 8))
-        _check(stored, "zeros", (groups, width))
-        return found
+        return _grouped(name, stored, dtype, 4, group, (width * 8, columns), fill)
 
     endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros"}
     return [_Rule(Integer(4, group, "zero"), endings, ".weight", place)]
@@ -419,9 +390,8 @@ _METHODS: dict[str, Callable[[Settings], list[_Rule]]] = {
 
 def find_packing(config: Settings) -> tuple[str, Settings] | None:
     """
-    Find the quantisation that a raw config, or any part of it, declares.
-
-    Returns its ``quant_method`` and all its settings; None if there is none.
+    Find the quantisation that a raw config, or any part of it, declares. Returns its
+    ``quant_method`` and all its settings; None if there is none.
     """
     for key in PACKING_KEYS:
         if settings := config.get(key):
@@ -434,9 +404,7 @@ def find_packing(config: Settings) -> tuple[str, Settings] | None:
 def check_packing(config: Settings, name: str) -> list[_Rule]:
     """
     Look up the rules by which a raw config's weights are packed; none where they are plain.
-
-    Raises:
-        CheckpointError: the method is unknown, or its settings are malformed or not supported.
+    CheckpointError: the method is unknown, or its settings are malformed or not supported.
     """
     packing = find_packing(config)
     if packing is None:
@@ -469,12 +437,7 @@ def plain_config(config: Settings) -> dict[str, Any]:
 
 
 def expert_format(config: Settings, name: str, layer: str) -> ExpertFormat:
-    """
-    Tell from a raw config alone how the experts of *layer*, a module's full name, are stored.
-
-    Raises:
-        CheckpointError: as `check_packing`.
-    """
+    """Tell from a raw config alone how the experts of *layer*, a module's full name, are stored."""
     rules, packing = check_packing(config, name), find_packing(config)
     return PLAIN if packing is None or _left_out(packing[1], layer) else rules[0].format
 
@@ -495,10 +458,8 @@ def unpack(stored: Stored, config: Settings, name: str, dtype: torch.dtype) -> d
     Gather the stored tensors of each packed matrix under the name of its plain weights.
 
     Packed weights are given as *dtype*; tensors that *config* does not say are packed stay.
-
-    Raises:
-        CheckpointError: a scale or another part is missing, or has another shape than it should;
-            no tensor is packed as the config says.
+    CheckpointError: a scale or another part is missing, or has another shape than it should; no
+    tensor is packed as the config says.
     """
     found: dict[str, Any] = dict(stored)
     rules, count = check_packing(config, name), 0

@@ -38,21 +38,11 @@ _OF_THE_WHOLE = ("outcome", "fingerprint")
 
 def prune(name: str, kept: Sequence[Sequence[int]], out: str | Path) -> None:
     """
-    Write a checkpoint anew with the experts *kept* alone.
+    Write a checkpoint anew with the experts *kept* alone: of each MoE layer as many.
 
-    Args:
-        name: A directory, or a name on the hub.
-        kept: Of each MoE layer the experts that stay, as many in each.
-        out: The directory to make; whole or not at all.
-
-    Raises:
-        OutputExistsError: *out* is taken.
-        CheckpointError: *name* cannot be opened.
-        UnsupportedModelError: layers of different sizes, packed experts, routers that choose by
-            groups of experts, or fewer experts than a token uses.
-        WriteError: a full disk, or another reason why it cannot be written.
-
-    Cost: the largest stored tensor and about 1 GiB in memory.
+    Takes the largest stored tensor and about 1 GiB in memory. OutputExistsError, CheckpointError,
+    WriteError: as `pack`. UnsupportedModelError: layers of different sizes, packed experts, routers
+    that choose by groups of experts, or fewer experts than a token uses.
     """
     check_output(out)
     with open_checkpoint(name) as checkpoint:

@@ -169,9 +169,8 @@ class SafetensorsFile:
         Read ``into.numel()`` elements from *first* on, in row-major order; converts the type if it
         differs.
 
-        Where *into* is contiguous, on the CPU and of the stored type, the bytes go straight into
-        its memory; else they pass through a buffer of the size of *into*. After a CheckpointError
-        (the file was changed, or the disk fails) *into* holds anything.
+        Bytes go straight into a contiguous CPU tensor of the stored type, else through a buffer.
+        After a CheckpointError (the file was changed, or the disk fails) *into* holds anything.
         """
         info = self.tensors[name]
         start = info.start + first * info.dtype.itemsize

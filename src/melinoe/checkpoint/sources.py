@@ -175,10 +175,9 @@ class Piece(NamedTuple):
 
 class Reader:
     """
-    Read one expert's part of a parameter whose rows are stored as they are.
-
-    *parts* are, from the top of the parameter, the stored tensors of all experts, one each; or if
-    *stacked* one stored tensor, the parameter itself.
+    Read one expert's part of a parameter whose rows are stored as they are. *parts* are, from the
+    top of the parameter, the stored tensors of all experts, one each; or if *stacked* one stored
+    tensor, the parameter itself.
     """
 
     def __init__(self, parts: Sequence[Sequence[Weights]], stacked: bool = False) -> None:
@@ -249,7 +248,6 @@ _STACKS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 def reader_for(group: Group, parameter: str, shape: tuple[int, ...], config: Any) -> Reader:
     """
     Choose the cheapest reader that gives *parameter*, ``(E, ...)``, as transformers would.
-
     CheckpointError: tensors of some experts are missing, or have another shape;
     UnsupportedModelError: the rule mixes experts, so that none can be read alone.
     """
@@ -346,10 +344,8 @@ class ExpertSource:
 
     def read(self, expert: int, into: Mapping[str, Tensor]) -> None:
         """
-        Read one expert straight from the shards; decode it if it is packed.
-
-        *into* is by parameter name, shaped without its leading E; converted where types or devices
-        differ.
+        Read one expert straight from the shards; decode it if it is packed. *into* is by parameter
+        name, shaped without its leading E; converted where types or devices differ.
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert {expert} of a layer with {self.num_experts}")

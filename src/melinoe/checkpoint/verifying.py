@@ -44,10 +44,9 @@ class Verified(NamedTuple):
 
 def verify(name: str) -> Verified:
     """
-    Read all of a checkpoint, and compare it byte by byte with what is recorded of it.
-
-    The weights beside the experts are in memory for a while. CheckpointError names every file that
-    is missing, not what was recorded, or not readable.
+    Read all of a checkpoint, and compare it byte by byte with what is recorded of it. The weights
+    beside the experts are in memory for a while. CheckpointError names every file that is missing,
+    not what was recorded, or not readable.
     """
     source = pinned(name, read_raw_config(name)[0])
     metadata = read_metadata(source)

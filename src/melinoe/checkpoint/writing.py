@@ -61,22 +61,14 @@ def write_model(
     """
     Write a changed model to *out*; the base's card becomes ``BASE_README.md``.
 
-    Left out, with a warning, are weights in other files than those that were read, and directories.
+    *model* is from `load_model`, with all its weights; or from `load_backbone`, with *experts*,
+    which gives the changed tensors of one expert at a time. *changed*: full names of tensors that
+    may have. *also* may write more into the directory. Weights in other files than those that were
+    read, and directories, are left out, with a warning.
 
-    Args:
-        model: From `load_model`, then changed; with all its weights in it. Or from
-            `load_backbone`, with *experts*, which gives the changed tensors of one expert at a
-            time.
-        base: What it was loaded from: a directory, or a name on the hub.
-        metadata: For ``melinoe.json``.
-        changed: Full names of the model's tensors that may have changed.
-        also: Called with the directory, to write more into it.
-
-    Raises:
-        OutputExistsError, WriteError: as `whole_directory`.
-        CheckpointError: the base can no longer be opened.
-        UnsupportedModelError: as `check_rewritable`.
-        AttachError: the experts' weights are in an engine's store; detach it first.
+    OutputExistsError, WriteError: as `whole_directory`. CheckpointError: the base can no longer be
+    opened. UnsupportedModelError: as `check_rewritable`. AttachError: the experts' weights are in
+    an engine's store; detach it first.
     """
     check_output(out)
     if experts is None:
@@ -135,10 +127,9 @@ def reason_of(error: BaseException) -> str:
 @contextmanager
 def whole_directory(out: str | Path) -> Iterator[Path]:
     """
-    Give a directory to fill, which becomes *out* when the block ends, and is gone if it fails.
-
-    Its ``melinoe.json``, if it gets one, is given the sums of all other files. OutputExistsError:
-    *out* is taken; WriteError: it cannot be written.
+    Give a directory to fill, which becomes *out* when the block ends, and is gone if it fails. Its
+    ``melinoe.json``, if it gets one, is given the sums of all other files. OutputExistsError: *out*
+    is taken; WriteError: it cannot be written.
     """
     path = check_output(out)
     try:
@@ -173,9 +164,7 @@ class _Part(NamedTuple):
 def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
     """
     Refuse a base whose experts and routers could not be written back; ask before hours of work.
-
-    UnsupportedModelError: they are packed, or transformers' rules do not lead back to the names
-    that are stored.
+    UnsupportedModelError: they are packed, or no rule leads back to the names that are stored.
     """
     names = [f"{x.name}.{tensor.name}" for x in checkpoint.layers for tensor in x.tensors]
     names += [name for router in find_routers(model) for name, _ in router.parameters()]
@@ -218,10 +207,9 @@ def rewrite(
     experts: OwnExpert | None = None,
 ) -> None:
     """
-    Copy the base's weight files into *directory* and overwrite there what changed.
-
-    Tensors that equal the base's are left alone, in whatever type they are stored. What *experts*
-    gives is rounded here. A few copies of one expert are in memory.
+    Copy the base's weight files into *directory* and overwrite there what changed. Tensors that
+    equal the base's are left alone, in whatever type they are stored. What *experts* gives is
+    rounded here. A few copies of one expert are in memory.
     """
     for path in checkpoint.stamps:
         copyfile(path, directory / path.name)
@@ -372,7 +360,6 @@ def copied_bytes(checkpoint: Checkpoint) -> int:
 def other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     """
     List the files beside a checkpoint's weights, fetched from the hub where it is one of its names.
-
     Gives files to copy, the index that was read among them, and names of what is left out: weights
     that were not read, directories, ``adapter_config.json``.
     """

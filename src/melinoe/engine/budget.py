@@ -127,7 +127,6 @@ def share_budget(
 ) -> GpuBudget:
     """
     Share a budget out: the most slots, alike in all *layers* (as stored), that fit beside the rest.
-
     *kv_cache* and *workspace* are of `prompt_bytes`; *staging_experts* fit into one staging block.
     BudgetError with the smallest budget that works.
     """
@@ -287,9 +286,7 @@ def watched(known: Iterable[Tensor]) -> Iterator[Live]:
 def cap_memory(total: int, device: torch.device) -> Callable[[], None]:
     """
     Limit what the allocator takes on a GPU, in the whole process, to *total* bytes; returns the
-    undo.
-
-    A request for more fails with `torch.OutOfMemoryError`, and the next one works.
+    undo. A request for more fails with `torch.OutOfMemoryError`, and the next one works.
     """
     before: list[float] = []
     if device.type == "cuda":

@@ -90,7 +90,6 @@ def _other_way(tensor: Tensor) -> str | None:
 def stream_order(device: torch.device) -> Callable[[], None]:
     """
     Make what is called before each call, so that it begins on the device after the call before it.
-
     Without, a call on a second CUDA stream would load into a slot that the first still computes
     with.
     """

@@ -176,7 +176,6 @@ class Handle:
     def audit(self) -> int:
         """
         Check that the books agree and that each slot holds, bit for bit, what the store has.
-
         Returns how many experts were compared; AttachError if something differs, and what.
         """
         with self.lock:
@@ -186,10 +185,9 @@ class Handle:
 
     def prefetch(self, experts_by_layer: Sequence[Sequence[int]]) -> None:
         """
-        Load experts ahead of need, now: ids for every layer, the most wanted first.
-
-        Those beyond the slots are dropped. ValueError: not one entry per layer, or an id that is
-        out of range or given twice.
+        Load experts ahead of need, now: ids for every layer, the most wanted first. Those beyond
+        the slots are dropped. ValueError: not one entry per layer, or an id that is out of range or
+        given twice.
         """
         if len(experts_by_layer) != len(self._caches):
             raise ValueError(
@@ -214,16 +212,12 @@ class Handle:
         self, prefetcher: Prefetcher, ids: Sequence[int] | None = None
     ) -> Iterator[None]:
         """
-        Load ahead what *prefetcher* names, for the one sequence that the body generates.
+        Load ahead what *prefetcher* names, for the one sequence that the body generates from *ids*,
+        when its completion begins; what the model says stays the same.
 
-        It is asked, with the prompt's *ids*, when the first pass of the completion begins. What the
-        model says stays the same.
-
-        Raises:
-            AttachError: detached, or another prefetcher is at work. From the body: several prompts
-                came together.
-            ValueError: it reads prompts and there is none; an answer that does not name every
-                layer, or an id that is out of range or given twice.
+        AttachError: detached, another prefetcher is at work, or several prompts came together.
+        ValueError: it reads prompts and there is none; an answer that does not name every layer, or
+        an id that is out of range or given twice.
         """
         passes = self._passes
         num_experts = [layer.num_experts for layer in self.layers]
@@ -255,12 +249,9 @@ class Handle:
     @contextmanager
     def record(self, model_name: str = "") -> Iterator[Recorder]:
         """
-        Record what the routers choose in the body of the ``with`` statement.
-
-        Raises:
-            AttachError: something is being recorded already, or detached.
-            UnsupportedModelError: no router is found, by which a trace is told from another
-                model's.
+        Record what the routers choose in the body. AttachError: something is being recorded
+        already, or detached. UnsupportedModelError: no router is found, by which traces are told
+        apart.
         """
         self._check_attached()
         config = getattr(self._model, "config", None)

@@ -378,10 +378,9 @@ def _check_store(
     last_of: Callable[[ExpertsLayer], Mapping[str, Tensor] | None],
 ) -> None:
     """
-    Refuse a store that cannot be read, or holds other experts than *layers*.
-
-    Of each layer the last expert's bits are compared with *last_of* (None if only the store has
-    it): the model's own weights are given up for the store's.
+    Refuse a store that cannot be read, or holds other experts than *layers*. Of each layer the last
+    expert's bits are compared with *last_of* (None if only the store has it): the model's own
+    weights are given up for the store's.
     """
     if getattr(store, "closed", False):
         raise AttachError(

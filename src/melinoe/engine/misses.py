@@ -49,9 +49,8 @@ class HostExperts:
     One layer's experts, computed on the host where their weights are: activations travel.
 
     transformers' own function is called with one block of the store in the place of the stacked
-    weights: on the CPU with the same bits as from slots. A store in host memory is computed from in
-    place; of any other the block is read into one buffer, shared in *buffers* by layers of one
-    shape.
+    weights: on the CPU with the same bits as from slots. What lies in host memory is used in place;
+    else the block is read into one buffer, shared in *buffers* by layers of one shape.
     """
 
     def __init__(
@@ -92,9 +91,8 @@ class HostExperts:
         self, hidden: Tensor, place: np.ndarray, experts: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
         """
-        Compute unweighted outputs, ``(pairs, hidden)``, of rows of *hidden*, on the host.
-
-        *place* is the row of each pair, expert after expert; *counts* the pairs of each.
+        Compute unweighted outputs, ``(pairs, hidden)``, of rows of *hidden*, on the host. *place*
+        is the row of each pair, expert after expert; *counts* the pairs of each.
         """
         parts = []
         for expert, rows in zip(experts, torch.from_numpy(place).split(list(counts)), strict=True):

@@ -26,10 +26,8 @@ def _formats() -> tuple[str, ...]:
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """
-    How a model is served with few resident experts.
-
-    AttachError: an unknown word; options that contradict each other. BudgetError: slots or memory
-    given in two ways; half of a budget.
+    How a model is served with few resident experts. AttachError: an unknown word; options that
+    contradict each other. BudgetError: slots or memory given in two ways; half of a budget.
     """
 
     device: Any = setting(

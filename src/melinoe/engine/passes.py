@@ -78,17 +78,10 @@ class ForwardPasses:
 
     A pass begins when the first experts of a call run; experts that run a second time begin
     another. Without a call (a submodule was called directly) a pass of one token counts as
-    completion, any other as prompt. Passes that verify guesses (assisted decoding) are completion.
-
-    Attributes:
-        lock: Held by the thread whose call or ``generate`` runs.
-        forward, check: Computes a call of the model; called before each, raises if it cannot be
-            served.
-        recorder, prompt_uses: Told of every pass, if there are any: `begin`, `add`, `end`, `drop`.
-        before_completion: Called once, before the next pass of the completion asks for any expert.
-        early: What the next layer's router said in the layer entered last; None if not asked.
-        fallbacks: Decode steps that the host planned where the device should.
-        inside: Whether a call of the model has begun and not returned.
+    completion, any other as prompt; passes that verify guesses are completion. *lock* is held by
+    the thread whose call runs; *recorder* and *prompt_uses* are told of every pass;
+    *before_completion* is called once; *early*: what the next layer's router said in the layer
+    entered last.
     """
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
@@ -309,9 +302,8 @@ def _stand_before(model: nn.Module, name: str, function: Callable[..., Any]) -> 
 
 def rows_of(call: Batch | None, phase: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Sequence and kind of each row of a pass of *tokens* rows within *call*, if there is one.
-
-    int32 (tokens,), the batch's row that each belongs to; uint8 (tokens,), its kind as in a trace.
+    Sequence and kind of each row of a pass of *tokens* rows within *call*, if there is one. int32
+    (tokens,), the batch's row that each belongs to; uint8 (tokens,), its kind as in a trace.
     """
     kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
     rows = np.zeros(tokens, dtype=np.int32)
@@ -331,10 +323,8 @@ def describe_call(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], generating: Generating | None = None
 ) -> Batch | None:
     """
-    Describe what a call of the model computes; None if it has no token input.
-
-    Outside ``generate`` a call of one token that continues an earlier one is completion, any other
-    prompt.
+    Describe what a call of the model computes; None if it has no token input. Outside ``generate``
+    a call of one token that continues an earlier one is completion, any other prompt.
     """
     tokens = kwargs.get("input_ids")
     if tokens is None:
@@ -384,10 +374,9 @@ def _start(length: int, mask: Tensor | None, kwargs: Mapping[str, Any]) -> int:
 
 def _padding_of(mask: Tensor, start: int) -> Tensor:
     """
-    Padding by a mask ``(batch, query, key)``: boolean, true where a query sees a key; or added.
-
-    A token that does not see itself is padding. But queries of padding that would see no key are
-    let see all: of those the next query that does not see all says whether it sees that token.
+    Padding by a mask ``(batch, query, key)``: boolean, true where a query sees a key; or added. A
+    token that does not see itself is padding. But queries of padding that would see no key are let
+    see all: of those the next query that does not see all says whether it sees that token.
     """
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     batch, length, keys = seen.shape
@@ -408,10 +397,9 @@ def watch_generate(
     model: nn.Module, passes: ForwardPasses, *, may_compile: bool = False
 ) -> Callable[[], None]:
     """
-    Put a ``generate`` before the model's own that tells *passes* when it begins and ends.
-
-    Unless *may_compile*, it also forbids compilation, which transformers begins by itself with a
-    static cache on a GPU; the caller's generation config is not touched. Returns the undo.
+    Put a ``generate`` before the model's own that tells *passes* when it begins and ends. Unless
+    *may_compile*, it also forbids compilation, which transformers begins by itself with a static
+    cache on a GPU; the caller's generation config is not touched. Returns the undo.
     """
     original = getattr(model, "generate", None)
     if not callable(original):

@@ -81,11 +81,9 @@ class Placement:
 
 def place(options: Options, model: Model, host_because: str | None = None) -> Placement:
     """
-    Choose, and refuse what cannot work, before anything is read or moved.
-
-    *host_because* says why the host must decide; absent: found out. AttachError: the device is not
-    there, or what was asked for cannot work. BudgetError: too little memory. MelinoeError: no such
-    policy.
+    Choose, and refuse what cannot work, before anything is read or moved; *host_because* says why
+    the host must decide. AttachError: the device is not there, or what was asked for cannot work.
+    BudgetError: too little memory. MelinoeError: no such policy.
     """
     if options.slots is not None:
         slots_by_layer(options.slots, model.layers)

@@ -122,10 +122,9 @@ class ReferenceEngine:
 
 class ExpertCache:
     """
-    The experts of one MoE layer, computed from its slots.
-
-    *rule*: how many of a request's missing experts are loaded, None for all; *host* computes the
-    others. *peers*: those of all layers, for reading ahead.
+    The experts of one MoE layer, computed from its slots. *rule*: how many of a request's missing
+    experts are loaded, None for all; *host* computes the others. *peers*: those of all layers, for
+    reading ahead.
     """
 
     def __init__(

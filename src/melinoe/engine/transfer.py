@@ -46,9 +46,8 @@ SlotViews = Sequence[Mapping[str, Tensor]]
 @dataclass
 class EmulatedLink:
     """
-    Make transfers as slow as a link of given bandwidth and latency, for studies.
-
-    Each takes at least ``latency_s + bytes / bandwidth`` of wall time; they follow one another.
+    Make transfers as slow as a link of given bandwidth and latency, for studies. Each takes at
+    least ``latency_s + bytes / bandwidth`` of wall time; they follow one another.
     """
 
     bandwidth_bytes_per_s: float
@@ -74,13 +73,9 @@ class EmulatedLink:
 
 class Transfer:
     """
-    Copy on the CPU, with or without an emulated link.
-
-    Attributes:
-        stall_s: Seconds a forward pass waited for experts: copying included, prefetches not.
-        transferred_bytes: Bytes copied into slots, on demand and ahead of it.
-        host_s: Seconds in which the host computed missing experts, activations' ways included.
-        activation_bytes: Bytes of activations that went to the host for it, and came back.
+    Copy on the CPU, with or without an emulated link, and keep accounts: *stall_s*, seconds a pass
+    waited for experts, prefetches not; *transferred_bytes*; *host_s* and *activation_bytes* of
+    misses that the host computed.
     """
 
     overlaps = False
@@ -101,7 +96,6 @@ class Transfer:
     ) -> Any:
         """
         Begin to copy experts into slots; returns a ticket for `wait`, None if they are there.
-
         *stalls*: a pass waits for it, so that the time this takes belongs to `stall_s`.
         """
         begin, arrival = time.perf_counter(), None
@@ -138,9 +132,8 @@ class Transfer:
 
     def carry_activations(self, nbytes: int) -> None:
         """
-        Count activations on their way to the host or back; over an emulated link, also wait.
-
-        They do not queue behind weights: a link carries both ways at once.
+        Count activations on their way to the host or back; over an emulated link, also wait. They
+        do not queue behind weights: a link carries both ways at once.
         """
         self.activation_bytes += nbytes
         if self._link is not None:

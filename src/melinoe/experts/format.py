@@ -28,14 +28,9 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 @dataclass(frozen=True)
 class Part:
     """
-    One tensor of one expert: of its module, or of its packed block.
-
-    Attributes:
-        name: The parameter's name; in a packed block followed by what the part holds, as in
-            ``down_proj.codes``.
-        shape: Without the dimension of experts.
-        dtype: Its type.
-        transposed: Whether a module stores this matrix as ``(in, out)``, not ``(out, in)``.
+    One tensor of one expert: of its module, by the parameter's *name*, or of its packed block,
+    where what the part holds follows, as in ``down_proj.codes``; *transposed* where the module
+    stores the matrix as ``(in, out)``.
     """
 
     name: str
@@ -62,12 +57,8 @@ class Part:
 
 class ExpertFormat(ABC):
     """
-    One way to store an expert.
-
-    Attributes:
-        name: As users write it.
-        exact: Whether a block holds the module's tensors as they are, so that transformers' own
-            functions compute from slots.
+    One way to store an expert; *name* as users write it. *exact*: a block holds the module's
+    tensors as they are, so that transformers' own functions compute from slots.
     """
 
     name: str
@@ -77,30 +68,21 @@ class ExpertFormat(ABC):
     def parts(self, tensors: Sequence[Part]) -> tuple[Part, ...]:
         """
         List the parts of one expert's block, in order; *tensors* are as its module has them.
-
-        Raises:
-            UnsupportedModelError: The format cannot hold a tensor of this shape.
+        UnsupportedModelError: the format cannot hold a tensor of this shape.
         """
 
     @abstractmethod
     def encode(self, tensors: Sequence[Part], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Make the parts of one expert, by name.
-
-        Args:
-            tensors: As for `parts`.
-            weights: By name, shaped as in *tensors*, of any floating type, on the CPU.
-
-        Raises:
-            AttachError: A weight that the format cannot hold, such as infinity.
+        Make the parts of one expert, by name, of *weights* on the CPU, shaped as in *tensors*, of
+        any floating type. AttachError: a weight that the format cannot hold, as infinity.
         """
 
     @abstractmethod
     def decode(self, tensors: Sequence[Part], block: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Compute the weights that a block means, by name, shaped as in *tensors*.
-
-        Matrices are given in float32, biases as they are.
+        Compute the weights that a block means, shaped as in *tensors*: matrices in float32, biases
+        as they are.
         """
 
     def block_bytes(self, tensors: Sequence[Part]) -> int:
@@ -117,13 +99,10 @@ class Arithmetic:
     """
     How compiled products read a packed matrix.
 
-    Attributes:
-        codes: ``uint4``, ``e2m1`` or ``levels``, two to a byte; ``uint8`` or ``e4m3``.
-        group: Neighbours of a row that share a scale and an offset.
-        offset: ``none``; ``minimum``, which is added; ``zero``, which is taken off the code; or
-            ``symmetric``: half the codes is taken off.
-        rows_per_scale: Rows that share one row of scales.
-        groups_per_scale: Groups that share one scale.
+    *codes*: ``uint4``, ``e2m1`` or ``levels``, two to a byte; ``uint8`` or ``e4m3``. *group*:
+    neighbours of a row that share a scale and an offset. *offset*: ``none``; ``minimum``, which is
+    added; ``zero``, which is taken off the code; or ``symmetric``: half the codes is taken off.
+    Rows and groups may share scales.
     """
 
     codes: str
@@ -216,9 +195,7 @@ PLAIN = Plain()
 def groups_of(columns: int, group: int | None) -> int:
     """
     Give the number of neighbours of a row that share a scale: at most *group*, and no rest.
-
-    Raises:
-        UnsupportedModelError: Rows of this length cannot be cut into groups of 8 or more.
+    UnsupportedModelError: rows that cannot be cut into groups of 8 or more.
     """
     size = columns if group is None else math.gcd(columns, group)
     if size % 8:

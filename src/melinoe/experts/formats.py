@@ -26,12 +26,7 @@ FORMATS: dict[str, ExpertFormat] = {
 
 
 def named_format(name: str) -> ExpertFormat:
-    """
-    Look a format up.
-
-    Raises:
-        UnsupportedModelError: There is none of this name.
-    """
+    """Look a format up; UnsupportedModelError where there is none of this name."""
     if name not in FORMATS:
         raise UnsupportedModelError(
             f"there is no format {name!r} for experts; choose one of {', '.join(FORMATS)}"

@@ -73,9 +73,7 @@ class Int4(PackedFormat):
     def encode_matrix(self, weights: Tensor) -> dict[str, Tensor]:
         """
         Choose for each group the scale and shift of the least squared error that is found.
-
-        Raises:
-            AttachError: A weight that is not finite, or above 25,000.
+        AttachError: a weight that is not finite, or above 25,000.
         """
         rows, columns = weights.shape
         groups = weights.view(rows, -1, groups_of(columns, self.group)).numpy()

@@ -72,13 +72,9 @@ class Integer(PackedFormat):
 
     def encode_matrix(self, weights: Tensor) -> dict[str, Tensor]:
         """
-        Round *weights* to codes.
-
-        The scale is rounded up and the minimum down, so that the codes cover the whole group: every
-        weight is off by half a scale at most.
-
-        Raises:
-            AttachError: A weight that is no finite float16 number.
+        Round *weights* to codes that cover the whole group: each is off by half a scale at most,
+        for scales are rounded up and minimums down. AttachError: a weight that is no finite float16
+        number.
         """
         if self.offset == "zero" or self.scale_dtype != torch.float16:
             raise ValueError("only float16 scales with minimums, or symmetric codes, are made here")

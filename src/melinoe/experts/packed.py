@@ -50,13 +50,9 @@ def multiplies_bfloat16() -> bool:
 
 class PackedMatrix:
     """
-    Compute with a matrix of each slot.
-
-    Args:
-        kind: The format of the blocks.
-        shape: Outputs and columns.
-        dtype: Of unpacked weights. On the CPU bfloat16 is multiplied as such if the processor can,
-            and all else in float32, as packed weights are.
+    Compute with a matrix, *shape* outputs and columns, of each slot. *dtype* is that of unpacked
+    weights; on the CPU bfloat16 is multiplied as such if the processor can, and all else in
+    float32, as packed weights are.
     """
 
     def __init__(self, kind: PackedFormat, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -69,7 +65,6 @@ class PackedMatrix:
     ) -> Tensor:
         """
         Multiply each pair of a row of float32 *inputs* and a slot: ``(pairs, outputs)``, float32.
-
         Pairs of one slot should follow each other.
         """
         outputs, columns = self.shape
@@ -114,13 +109,7 @@ class PackedMatrix:
 
 
 class PackedExperts:
-    """
-    An experts function over slots of packed blocks, called as transformers' own are.
-
-    Args:
-        kind: The format of the blocks.
-        tensors: An expert's tensors, as its module has them.
-    """
+    """An experts function over slots of packed blocks, called as transformers' own are."""
 
     def __init__(self, kind: PackedFormat, tensors: Sequence[Part]) -> None:
         dtype = next(t.dtype for t in tensors if t.name == "down_proj")
@@ -132,16 +121,9 @@ class PackedExperts:
         self, module: Any, hidden_states: Tensor, slot_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """
-        Compute all pairs of a request; every entry of *slot_index* is a slot.
-
-        Args:
-            module: Carries the parts of all slots as attributes, and the module's own activation.
-            hidden_states: ``(tokens, hidden)``.
-            slot_index: int64 ``(tokens, top_k)``.
-            top_k_weights: ``(tokens, top_k)``.
-
-        Returns:
-            ``(tokens, hidden)``, in the type of *hidden_states*.
+        Compute all pairs of a request: ``(tokens, hidden)``, in the type of *hidden_states*.
+        *module* carries the parts of all slots and its own activation; every entry of *slot_index*,
+        int64 ``(tokens, top_k)``, is a slot.
         """
         tokens, top_k = slot_index.shape
         on_host = slot_index.reshape(-1).cpu().numpy()
@@ -200,17 +182,8 @@ def _add_bias(module: Any, name: str, product: Tensor, slots: Any) -> Tensor:
 class PackedLinear(nn.Module):
     """
     A linear layer whose weight is packed, on the CPU; few rows are multiplied as they are read.
-
     Each row of the output has the same bits whatever else is computed with it, within few rows and
-    within many.
-
-    Args:
-        linear: Gives weight and bias.
-        kind: The format.
-
-    Raises:
-        UnsupportedModelError: the format cannot hold a weight of this shape.
-        AttachError: it cannot hold these numbers.
+    within many. UnsupportedModelError, AttachError: the format cannot hold the weight.
     """
 
     def __init__(self, linear: nn.Linear, kind: PackedFormat) -> None:

@@ -170,9 +170,8 @@ def _join(b: Any, vectors: list[Any]) -> Any:
 
 def _from_bytes(b: Any, table: tuple[float, ...], pointer: Any) -> list[Any]:
     """
-    Look 32 codes up as the upper two bytes of float32 numbers, and put those together.
-
-    Processors with registers of 32 bytes permute bytes within each half, and interleave so too.
+    Look 32 codes up as the upper two bytes of float32 numbers, and put those together. Processors
+    with registers of 32 bytes permute bytes within each half, and interleave so too.
     """
     pair = _load(b, _I64, 2, pointer)
     both = b.lshr(_shuffle(b, pair, pair, [0, 1, 0, 1]), _vector(_I64, [0, 0, 4, 4], 0))
@@ -237,7 +236,6 @@ def _dot(  # type: ignore[no-untyped-def]
 ):
     """
     Multiply one packed row with *batch* vectors, all by address, and fetch what lies *ahead* bytes.
-
     *scale* is float32 ``(groups,)``, *shift* ``(wide * lanes,)``: the same, then zeros; *xs* lists
     the addresses of the vectors, then of the sums of their groups, then zeros.
     """
@@ -407,22 +405,14 @@ def _read(  # type: ignore[no-untyped-def]
 @cache
 def compiled(how: Arithmetic, half: bool) -> tuple[Any, Any, Any]:
     """
-    Compile what computes with one arithmetic; kept on disk, so that the next process has it.
+    Compile what computes with one arithmetic, unpacking to bfloat16 if *half*; kept on disk.
 
-    Args:
-        how: The codes and scales.
-        half: Whether rows are unpacked to bfloat16, else to float32.
-
-    Returns:
-        ``prepare(x)``: float32 rows *x*, ordered as the codes are read, and the sum of each group
-        ``(rows, groups)``, which has zeros behind up to a multiple of `_lanes`.
-
-        ``multiply(codes, scales, offsets, slots, rows, x, sums, out, begin, end)``: the product of
-        outputs *begin* to *end* of the expert in ``slots[p]`` with ``x[rows[p]]``, into ``out[p]``;
-        pairs of one slot that follow each other share the reading of its rows.
-
-        ``unpack(codes, scales, offsets, slot, out)``: the weights of a slot, ``(outputs,
-        columns)``.
+    Returns ``prepare(x)``: float32 rows, ordered as codes are read, and the sums of their groups,
+    with zeros up to a multiple of `_lanes`; ``multiply(codes, scales, offsets, slots, rows, x,
+    sums, out, begin, end)``: the product of outputs *begin* to *end* of ``slots[p]`` with
+    ``x[rows[p]]``, into ``out[p]``, where pairs of one slot that follow each other share the
+    reading of its rows; ``unpack(codes, scales, offsets, slot, out)``: a slot's weights,
+    ``(outputs, columns)``.
     """
     kind, offset, group = _CODES[how.codes], _OFFSETS[how.offset], how.group
     step = min(group, STEP)

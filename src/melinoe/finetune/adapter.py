@@ -58,14 +58,9 @@ _OF_ONE_EXPERT = re.compile(r"experts\.\d+\.")
 @dataclass(frozen=True)
 class Adapter:
     """
-    Trained routers and low-rank updates, on the CPU.
-
-    Attributes:
-        rank: Of each update.
-        alpha: As PEFT's ``lora_alpha``.
-        scaling: Updates are ``scaling x B A``.
-        factors: Module name to the factors of its parameters; a linear module's is ``weight``.
-        routers: Router module to its whole state, buffers included.
+    Trained routers and low-rank updates, on the CPU. *alpha* is PEFT's ``lora_alpha``; updates are
+    ``scaling x B A``. *factors*: module name to the factors of its parameters, of a linear module
+    ``weight``; *routers*: router module to its whole state, buffers included.
     """
 
     rank: int
@@ -93,12 +88,9 @@ class Adapter:
     @torch.no_grad()
     def apply(self, model: nn.Module, experts: bool = True) -> None:
         """
-        Make the adapter part of *model*'s own weights, in place, each rounded once.
-
-        Without *experts* those of its experts are left out: `expert` gives them one by one.
-
-        Raises:
-            CheckpointError: layers that share a weight have different updates.
+        Make the adapter part of *model*'s own weights, in place, each rounded once. Without
+        *experts* those of its experts are left out: `expert` gives them one by one.
+        CheckpointError: layers that share a weight have different updates.
         """
         for name, state in self.routers.items():
             model.get_submodule(name).load_state_dict(state)
@@ -121,9 +113,8 @@ class Adapter:
 
 def adapter_of(parts: TrainedParts) -> Adapter:
     """
-    Copy what is being trained, gathered from all processes where it is sharded.
-
-    Collective under FSDP2: every process must call it, and gets all of it.
+    Copy what is being trained, gathered from all processes where it is sharded. Collective under
+    FSDP2: every process must call it, and gets all of it.
     """
     updates, factors = parts.updates, dict[str, Factors]()
     for site in () if updates is None else updates.sites:
@@ -142,11 +133,8 @@ def write_adapter(
     adapter: Adapter, directory: str | Path, base: str, *, generates: bool = True
 ) -> None:
     """
-    Write an adapter's two files into an existing directory.
-
-    Args:
-        base: Name of the model it was trained on, for PEFT's config: absolute, or of the hub.
-        generates: Whether that model writes text, as PEFT's class for such models requires.
+    Write an adapter's two files into an existing directory; *base* is an absolute path, or a name
+    on the hub. A model that *generates* text is of another class to PEFT.
     """
     # Slow to import; its own config class knows what its next version wants to read.
     from peft import LoraConfig
@@ -184,11 +172,8 @@ def write_adapter(
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     """
-    Read ``adapter_config.json``, if the directory holds an adapter that can be read here.
-
-    Raises:
-        CheckpointError: no adapter; one that is no LoRA, or that changes more than projections and
-            routers.
+    Read ``adapter_config.json``; CheckpointError: no adapter, or one that is no LoRA, or that
+    changes more than projections and routers.
     """
     path = Path(directory).expanduser()
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
@@ -248,14 +233,9 @@ def read_adapter(
     directory: str | Path, model: nn.Module, layers: Sequence[ExpertsLayer] | None = None
 ) -> Adapter:
     """
-    Read an adapter, ours or PEFT's, for the base *model*, which gives names and shapes.
-
-    *layers* are its MoE layers, where it has none of their weights.
-
-    Raises:
-        CheckpointError: as `read_adapter_config`; torn files; names or shapes that are not those
-            of *model*.
-        UnsupportedModelError: *model* has no experts or no trainable routers.
+    Read an adapter, ours or PEFT's, for the base *model*, which gives names and shapes. *layers*
+    are its MoE layers, where it has none of their weights. CheckpointError: as
+    `read_adapter_config`; torn files; names or shapes that are not those of *model*.
     """
     path, config = Path(directory).expanduser(), read_adapter_config(directory)
     try:

@@ -19,10 +19,7 @@ def model_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
 
 def logits_of(model: nn.Module, outputs: Any) -> Tensor:
     """
-    Return the next-token logits ``(batch, tokens, vocabulary)``.
-
-    Raises:
-        UnsupportedModelError: the model has none.
+    Return the next-token logits ``(batch, tokens, vocabulary)``; UnsupportedModelError without.
     """
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     if logits is None:
@@ -35,13 +32,9 @@ def logits_of(model: nn.Module, outputs: Any) -> Tensor:
 
 class Pass(NamedTuple):
     """
-    A forward pass up to the head.
-
-    Attributes:
-        states: ``(batch, tokens, features)``, the last hidden states; of a model whose head cannot
-            be told from its body, or is sharded, the logits.
-        head: Makes logits of states ``(some, features)``, as the model does; absent: see *states*.
-        vocabulary: Width of the logits.
+    A forward pass up to the head: the last hidden *states*, ``(batch, tokens, features)``, and the
+    *head*, which makes logits of states ``(some, features)``. Of a model whose head cannot be told
+    from its body, or is sharded, *states* are the logits and there is no head.
     """
 
     states: Tensor
@@ -51,9 +44,8 @@ class Pass(NamedTuple):
 
 def run_to_head(model: nn.Module, batch: dict[str, Any]) -> Pass:
     """
-    Run the model on a batch without making the logits of all its tokens.
-
-    The model's own code makes logits: it is called again with states in the place of its body's.
+    Run the model on a batch without making the logits of all its tokens. The model's own code makes
+    logits: it is called again with states in the place of its body's.
     """
     whole: Any = getattr(model, "module", model)  # as wrapped for distributed training
     body = getattr(whole, "base_model", whole)

@@ -103,18 +103,12 @@ def plan_run(
     """
     Choose the buffers and the store for a run within a budget.
 
-    Args:
-        model: On any device, also meta; its config and shapes are read.
-        layers: Its MoE layers, in the format of the store.
-        settings: Of the run, its type to compute in decided.
-        tokens: Of a forward pass: rows times the longest; each takes *top_k* experts.
-        budget_bytes: What the run may take: of the GPU, or of the host where the CPU computes.
-        host_bytes: What experts and low-rank updates may take of the host beside GPUs; absent:
-            none, so that experts are read from disk.
-        processes: On this machine: they share the experts in host memory, and nothing else.
-
-    Raises:
-        BudgetError: it does not fit; the sentence names the smallest budget that does.
+    *model* may be on the meta device; *layers* are in the format of the store. *tokens*: of a
+    forward pass, rows times the longest; each takes *top_k* experts. *budget_bytes*: of the GPU, or
+    of the host where the CPU computes; *host_bytes*: what experts and updates may take of the host
+    beside GPUs, absent: none, so that experts are read from disk. *processes* of a machine share
+    the experts in host memory and nothing else. BudgetError: it does not fit; the sentence names
+    the smallest budget that does.
     """
     fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu)
     block = max(map(buffer_bytes, layers))
@@ -227,10 +221,8 @@ def open_stream(
     checkpoint: Checkpoint, model: Any, plan: Plan, device: torch.device, local_rank: int = 0
 ) -> ExpertStream:
     """
-    Put a checkpoint's experts into the planned store, and make the stream that reads them.
-
-    The stream reads *checkpoint* as long as it is used. *local_rank* is this process' among those
-    of the run on this machine, all of which must call.
+    Put a checkpoint's experts into the planned store, and make the stream that reads them. The
+    stream reads *checkpoint* as long as it is used. All processes of a machine must call.
     """
     layers = stored_layers(checkpoint, model)
     store: Any = DiskStore(checkpoint, layers)

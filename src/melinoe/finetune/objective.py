@@ -51,12 +51,9 @@ class Terms:
 
 class Replay:
     """
-    Batches of anchor text: text of other kinds whose quality training should keep.
-
-    Seed and position in the run decide a batch, so a resumed run sees what it would have seen.
-    Every text comes once before any comes again, in a new order each time.
-
-    Every token of *data* but the first of a text counts, prompt or not.
+    Batches of anchor text: text of other kinds whose quality training should keep. Seed and
+    position in the run decide a batch, so a resumed run sees what it would have seen. Every text
+    comes once before any comes again, and every token but its first counts.
     """
 
     def __init__(self, data: Sequence[Encoded], pad_token_id: int, seed: int):
@@ -77,15 +74,8 @@ class Replay:
 
 class Objective:
     """
-    Run batches and weigh what the forward passes recorded.
-
-    Args:
-        routers: Of the model.
-        settings: Weights and forms of the terms.
-        replay: Anchor text; needed where ``lambda_replay`` is above 0.
-
-    Raises:
-        TrainingError: a cache smaller than what one token needs, or a replay term without text.
+    Run batches and weigh what the forward passes recorded; *replay* is anchor text. TrainingError:
+    a cache smaller than what one token needs, or a replay term without text.
     """
 
     def __init__(
@@ -114,16 +104,9 @@ class Objective:
         training: bool,
     ) -> Terms:
         """
-        Run the model on a batch, and on anchor text, and weigh the result.
-
-        Args:
-            model: Returns logits; may be wrapped for distributed training.
-            batch: From `melinoe.data.Collator`, on the model's device.
-            denominator: Completion tokens of the whole optimiser step; default: of this batch.
-            training: Whether anchor text is replayed beside the batch.
-
-        Raises:
-            UnsupportedModelError: the model gives no logits, or routers ran without experts.
+        Run the model, which may be wrapped, on a collated *batch*, beside anchor text if
+        *training*. *denominator*: completion tokens of the whole optimiser step; default: of this
+        batch. UnsupportedModelError: the model gives no logits, or routers ran without experts.
         """
         settings, labels = self.settings, batch["labels"]
         # Never 0: a process may get a batch in which nothing is to be learned.
@@ -152,14 +135,8 @@ class Objective:
         more: dict[str, Tensor] | None = None,
     ) -> Terms:
         """
-        Combine a batch's mean next-token loss with its locality terms.
-
-        Args:
-            nll: With gradient.
-            routings: What each layer recorded in the pass that gave *nll*.
-            labels: int64 ``(batch, tokens)``, as `melinoe.data.Collator` gives them.
-            denominator: As in `measure`.
-            more: Terms from other passes.
+        Combine a batch's mean next-token loss *nll* with the locality terms of *routings*, which
+        its layers recorded, and *more* terms; *labels* are int64 ``(batch, tokens)``.
         """
         settings = self.settings
         locality = self._locality(routings, labels, denominator)

@@ -36,9 +36,7 @@ def write_own_text(
 ) -> list[Encoded]:
     """
     Write `own_text` as *settings* ask for it, as long as the longest of *data*; alike everywhere.
-
-    Raises:
-        TrainingError: the model is to be sharded, so no device holds it whole; or as `own_text`.
+    TrainingError: the model is to be sharded, so no device holds it whole.
     """
     if is_sharded(arguments):
         raise TrainingError(
@@ -58,21 +56,12 @@ def own_text(
     model: Any, tokenizer: Any, count: int, length: int, *, seed: int = 0
 ) -> list[Encoded]:
     """
-    Let *model* write from an empty prompt: pure sampling at temperature 1, nothing cut off.
+    Let *model* write *count* texts from an empty prompt: pure sampling at temperature 1.
 
-    Args:
-        model: Before any training; left as it was, and so are the generators of other code.
-        tokenizer: Its own; a text begins with its start-of-text token, else with end-of-text.
-        count: Texts to write.
-        length: Tokens of each at most, the first included; at least 8.
-        seed: Decides them.
-
-    Returns:
-        *count* texts of 8 to *length* tokens, all but the first token completion.
-
-    Raises:
-        TokenizerError: neither a start-of-text nor an end-of-text token.
-        TrainingError: a model that cannot generate, or that writes next to nothing.
+    A text has 8 to *length* tokens, begins with the tokenizer's start-of-text token, else with
+    end-of-text, and is all completion but for that. The model and other code's generators stay as
+    they were. TokenizerError: neither token; TrainingError: a model that cannot generate, or writes
+    next to nothing.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:

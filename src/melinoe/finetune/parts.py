@@ -35,12 +35,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class LowRank(nn.Module):
-    """
-    The updates of one module's weights, in float32: ``scaling x B A``.
-
-    Attributes:
-        lora_A, lora_B: The factors by parameter name.
-    """
+    """The updates of one module's weights, in float32: ``scaling x B A``, by parameter name."""
 
     def __init__(self, factors: Factors, scaling: float) -> None:
         super().__init__()
@@ -74,24 +69,13 @@ class LowRank(nn.Module):
 
 class LowRankUpdates:
     """
-    The updates of a model's experts and attention, on the model while it trains.
+    The updates of a model's experts and *attention*, on the model while it trains.
 
-    The parameters are ordinary ones, ``<module>.low_rank.lora_A.<name>``: seen by
-    ``named_parameters()``, wrapped by DDP and FSDP2, moved with the model. Every update is in the
-    graph of every pass: an expert that no token chose gets a gradient of zeros, so that all
-    processes find the same gradients. Modules that share their weights share their update.
-
-    Args:
-        model: Changed in place.
-        layers: Of *model*, from `find_experts`.
-        rank, alpha: Of each update, which is multiplied by ``alpha / rank``.
-        seed: Decides the starting values, equally on each device and process.
-        compute: Computes an experts module with its update, as `grouped_experts`.
-        attention: Full name and module, from `find_attention`.
-        device: Where the updates of experts are kept; absent: where their weights are.
-
-    Raises:
-        AttachError: a runtime is attached to the model.
+    The parameters are ordinary ones, ``<module>.low_rank.lora_A.<name>``: wrapped by DDP and FSDP2,
+    moved with the model. Every update is in the graph of every pass: an expert that no token chose
+    gets a gradient of zeros, so that all processes find the same. Modules that share their weights
+    share their update. *compute* computes an experts module with its update, as `grouped_experts`;
+    *device*: where experts' updates are kept, absent: where their weights are.
     """
 
     def __init__(
@@ -161,12 +145,8 @@ class LowRankUpdates:
 @dataclass
 class TrainedParts:
     """
-    The trained parameters of a model.
-
-    Attributes:
-        router, lora: Parameters of routers and of updates, by full name.
-        routers: The routers they belong to.
-        updates: The updates; none if only routers are trained.
+    The trained parameters of a model by full name: *router*, of *routers*, and *lora*, of
+    *updates*.
     """
 
     router: dict[str, nn.Parameter]
@@ -189,13 +169,9 @@ def make_trainable(
     device: torch.device | None = None,
 ) -> TrainedParts:
     """
-    Freeze *model* and open the parts that ``settings.train`` names, in float32.
-
-    *compute* and *device* are those of `LowRankUpdates`.
-
-    Raises:
-        TrainingError: the routers' weights are frozen by the model itself.
-        UnsupportedModelError: attention is to be trained, and none is found.
+    Freeze *model* and open the parts that ``settings.train`` names, in float32. TrainingError: the
+    routers' weights are frozen by the model itself. UnsupportedModelError: attention is to be
+    trained, and none is found.
     """
     # Some families keep constants as parameters that never need a gradient; they stay constant.
     router = _once(

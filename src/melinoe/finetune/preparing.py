@@ -38,9 +38,8 @@ _LARGE_BYTES = 1 << 30
 
 class ReadyModel:
     """
-    A model, changed in place to what its training needs; it can be made plain again.
-
-    *stream* computes the experts, where their weights are in a store.
+    A model, changed in place to what its training needs; it can be made plain again. *stream*
+    computes the experts, where their weights are in a store.
     """
 
     def __init__(
@@ -119,10 +118,8 @@ def recomputes(
     streamed: bool = False,
 ) -> bool:
     """
-    Decide whether layers are recomputed in the backward pass: as *settings* say, else by size.
-
-    The numbers are the same; of two layers a step takes 1.4 times as long and half the memory
-    (docs/benchmarks.md#what-fine-tuning-takes-of-host-memory). By default it is done where
+    Decide whether layers are recomputed in the backward pass: as *settings* say, else by size. Of
+    two layers a step then takes 1.4 times as long and half the memory. By default it is done where
     experts are *streamed*, and else on the CPU only, where memory that runs out ends the process.
     """
     if settings.gradient_checkpointing is not None:
@@ -137,9 +134,8 @@ def recomputes(
 
 def widened(model: Any, layers: Sequence[ExpertsLayer]) -> ExitStack:
     """
-    Let a model compute in float32, but for its experts, until what is returned is closed.
-
-    By hooks and forward methods. The experts of *layers* keep their types, as all large weights do:
+    Let a model compute in float32, but for its experts, until what is returned is closed. By hooks
+    and forward methods. The experts of *layers* keep their types, as all large weights do:
     `grouped_experts` casts up each matrix that it reads.
     """
     undo = ExitStack()

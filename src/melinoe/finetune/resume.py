@@ -59,17 +59,9 @@ def write_checkpoint(
     more: bool = False,
 ) -> Path:
     """
-    Write the checkpoint of *step*, and delete all but the newest two.
-
-    Args:
-        directory: Of the run; is made.
-        step: Optimiser steps done; a checkpoint of the same step is replaced.
-        tensors: File name without its ending to tensors by name.
-        state, trainer_state: For the files of that name.
-        more: Let one more stay.
-
-    Raises:
-        WriteError: a full disk, or any other reason; the checkpoints before are as they were.
+    Write the checkpoint of *step* into *directory*, and delete all but the newest two, or three if
+    *more*. *tensors*: file name without its ending to tensors by name. WriteError: a full disk, or
+    any other reason; the checkpoints before are as they were.
     """
     path = directory / f"step-{step:06d}"
     try:
@@ -162,7 +154,6 @@ def check_same_run(
 ) -> None:
     """
     Refuse what is left of another run in *path*; what its `identity` does not name is not compared.
-
     The TrainingError names what differs, and another *way_out*.
     """
     if gone := gone_settings(theirs):
@@ -229,9 +220,8 @@ def set_random_state(state: dict[str, str]) -> None:
 
 class StopRequest:
     """
-    Notes in *asked* that the run is to end after its step (Ctrl-C, a scheduler's SIGTERM).
-
-    A second Ctrl-C ends the process at once; SIGTERM may come as often as it likes.
+    Notes in *asked* that the run is to end after its step (Ctrl-C, a scheduler's SIGTERM). A second
+    Ctrl-C ends the process at once; SIGTERM may come as often as it likes.
     """
 
     def __init__(self) -> None:

@@ -40,10 +40,9 @@ def number_of_steps(
 
 def training_order(lengths: Sequence[int], batch: int, seen: int, seed: int) -> list[int]:
     """
-    Order the positions of *seen* examples: each once before any comes again.
-
-    Within a window of 16 batches examples are sorted by length, which saves padding (6 % of the
-    positions are left, of GSM8K by eights), and the batches then shuffled.
+    Order the positions of *seen* examples: each once before any comes again. Within a window of 16
+    batches examples are sorted by length, which saves padding (6 % of the positions are left, of
+    GSM8K by eights), and the batches then shuffled.
     """
     random_numbers = random.Random(seed)
     arranged: list[int] = []

@@ -319,11 +319,7 @@ def train_control(
 ) -> Path:
     """
     Train the control of the run *out*, in ``<out>.control``, and give that directory: an adapter.
-
-    Args are those of `finetune` for the run itself: the same anchor text.
-
-    Raises:
-        TrainingError: as `finetune`; or the run has no locality terms.
+    Args are `finetune`'s for the run itself. TrainingError: also where it has no locality terms.
     """
     if settings.is_control:
         raise TrainingError(
@@ -348,9 +344,7 @@ def beside(out: str | Path, what: str) -> Path:
 def check_place(out: str | Path, resume: bool) -> Path:
     """
     Return the directory *out*, if a run may be written there, or, to *resume*, one was.
-
-    Raises:
-        OutputExistsError: it is taken, or beside it are checkpoints of a run that did not end.
+    OutputExistsError: it is taken, or beside it are checkpoints of a run that did not end.
     """
     path, checkpoints = Path(out).expanduser(), beside(out, "checkpoints")
     if not resume and list_checkpoints(checkpoints):

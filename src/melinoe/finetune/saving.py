@@ -41,16 +41,10 @@ def write_result(
     """
     Write what *save* asks for, whole or not at all; ``melinoe.json`` lies beside each.
 
-    Args:
-        model: From `load_model`, with what was trained in it; or *streamed*, from `load_backbone`:
-            the updates of its experts are in *adapter* alone.
-        base: What it was loaded from, of one commit where it is a name on the hub.
-        metadata: For ``melinoe.json``.
-        save: ``merged``: a plain checkpoint; ``adapter``: a directory for PEFT and for
-            `merge_adapter`; ``both``: the checkpoint with that directory in it.
-
-    Raises:
-        OutputExistsError, CheckpointError, WriteError: as `write_model`.
+    *model* has what was trained in it; or *streamed*, from `load_backbone`, its experts' updates
+    are in *adapter* alone. *base* is of one commit where it is a name on the hub. *save*:
+    ``merged``, a plain checkpoint; ``adapter``, a directory for PEFT and `merge_adapter`; ``both``,
+    the one in the other. Raises as `write_model`.
     """
     generates = hasattr(model, "prepare_inputs_for_generation")
     # A name by which PEFT finds the base from any directory; it takes no commit behind an @.
@@ -76,28 +70,16 @@ def merge_adapter(
     adapter: str | Path, out: str | Path, base: str | Path | None = None
 ) -> dict[str, Any]:
     """
-    Write base and adapter as one checkpoint, which needs neither PEFT nor Melinoe.
+    Write *base*, or the one that *adapter* names, and adapter as one checkpoint, which needs
+    neither PEFT nor Melinoe.
 
     Experts are read one by one, updated in float32, and rounded once to the base's own type;
-    routers too are rounded to it.
+    routers too. Returns the checkpoint's ``melinoe.json``. Takes the base without its experts in
+    memory, and one expert.
 
-    Args:
-        adapter: Directory that fine-tuning or PEFT wrote.
-        out: Directory to make; must not exist, or be empty.
-        base: Checkpoint directory or hub name; absent: the one that the adapter names.
-
-    Returns:
-        The checkpoint's ``melinoe.json``: the adapter's, with the merged model's fingerprint, and
-        the base's entries where the adapter has none.
-
-    Raises:
-        OutputExistsError: *out* is taken.
-        CheckpointError: no adapter, a torn one, or one of another base; a base that is changed
-            meanwhile.
-        UnsupportedModelError: the base has no experts.
-        BudgetError: the host has no memory for the base's weights.
-
-    Cost: the base without its experts in memory, and one expert.
+    OutputExistsError: *out* is taken. CheckpointError: no adapter, a torn one, or one of another
+    base; a base that is changed meanwhile. UnsupportedModelError: the base has no experts.
+    BudgetError: the host has no memory for the base's weights.
     """
     path = check_output(out)
     config, metadata = read_adapter_config(adapter), read_metadata(Path(adapter).expanduser())
@@ -134,9 +116,8 @@ def merge_adapter(
 
 def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """
-    Take the path in PEFT's file, if there still is something; else what the run was told.
-
-    A path that leads nowhere is looked for beside the adapter, where both were moved together.
+    Take the path in PEFT's file, if there still is something; else what the run was told. A path
+    that leads nowhere is looked for beside the adapter, where both were moved together.
     """
     if path := config.get("base_model_name_or_path"):
         here = Path(adapter).expanduser().absolute()
@@ -152,19 +133,9 @@ def merge_packed(
     adapter: str | Path, out: str | Path, format: str, base: str | Path | None = None
 ) -> tuple[dict[str, Any], float]:
     """
-    Merge as `merge_adapter`, and pack the experts; the base may be packed itself.
-
-    Args:
-        format: Of the experts, as `melinoe.checkpoint.pack.pack` takes it.
-
-    Returns:
-        The checkpoint's ``melinoe.json``, and how far the packed experts are off the merged ones:
-        root mean square over that of the weights.
-
-    Raises:
-        As `merge_adapter`, and as `pack`.
-
-    Cost: beside *out* on the disk the merged checkpoint for a while, and a packed base unpacked.
+    Merge as `merge_adapter`, and pack the experts to *format*; the base may be packed itself.
+    Returns also how far the packed experts are off the merged ones, as `pack`, and raises as both.
+    Takes on the disk the merged checkpoint for a while, and a packed base unpacked.
     """
     path, metadata = check_output(out), read_metadata(Path(adapter).expanduser())
     name = str(base or _base_of(str(adapter), read_adapter_config(adapter), metadata))

@@ -77,16 +77,9 @@ class _Pass:
 
 class ExpertStream:
     """
-    Computes the frozen experts of a model in training from a store, through a few buffers.
-
-    Args:
-        store: Holds every expert, in any format.
-        layers: As the store's, with the modules of the model in training.
-        device: Where experts are computed.
-        buffers: Groups of *chunk* experts held at once: one that computes, the rest read ahead.
-        readers: Reads in flight.
-        updates_on: Where the experts' low-rank updates are kept; absent: on *device*. Those of a
-            group go to the device with it.
+    Computes the frozen experts of a model in training from a *store*, through a few *buffers*. Each
+    holds *chunk* experts: one computes, the rest are read ahead by *readers* at once. *updates_on*:
+    where the experts' low-rank updates are kept, absent: on *device*.
     """
 
     def __init__(
@@ -152,9 +145,8 @@ class ExpertStream:
 
     def checkpoint_contexts(self) -> tuple[Any, Any]:
         """
-        Give the two contexts of one checkpointed layer, for torch's ``context_fn``.
-
-        The output of each experts module is kept, so that recomputing reads no expert.
+        Give the two contexts of one checkpointed layer, for torch's ``context_fn``. The output of
+        each experts module is kept, so that recomputing reads no expert.
         """
         outputs: list[Tensor] = []
         return _Kept(self, outputs, again=False), _Kept(self, outputs, again=True)
@@ -172,7 +164,6 @@ class ExpertStream:
     ) -> None:
         """
         Compute a layer's pass over *used* experts group by group, as each is in its buffer.
-
         *compute* is called with the ids of a group, and their weights by name, ``(chunk, ...)``;
         *following* is what comes after the pass, to be read ahead.
         """

@@ -347,9 +347,7 @@ class LocalityTrainer(Trainer, TrainerCallback):
 def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
     """
     Make the Trainer's arguments, but for `set_steps`. That joins the other processes of the run.
-
-    Raises:
-        DependencyError: a tracker that is not installed.
+    DependencyError: a tracker that is not installed.
     """
     from transformers.integrations import get_reporting_integration_callbacks
 

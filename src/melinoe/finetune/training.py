@@ -78,21 +78,13 @@ def train(
     """
     Fine-tune a model in memory; at the end it is plain again, its updates merged.
 
-    Args, where they are not as `melinoe.finetune.finetune`'s:
-        model: A transformers model with next-token logits. On return its tensors have the types
-            they came with, its config is as it was, and it is in evaluation mode.
-        data, eval_data, anchor_data: Encoded examples.
-        pad_token_id: Any id; padding is masked.
-        own_text: Whether the base model wrote *anchor_data*. A run that goes on may have it
-            written anew; other text must agree.
-        checkpoints: Directory for the run's checkpoints; Ctrl-C and SIGTERM then end the run after
-            its step and leave one.
-        arguments: Of the Trainer, if they are made already.
-        stream: Computes the experts of a model without them, from `load_backbone`. On return the
-            model still has none, and the updates are in `Trained.adapter`.
+    Args, where they are not as `melinoe.finetune.finetune`'s: data are encoded. *own_text*: the
+    base model wrote *anchor_data*; a run that goes on may have it written anew. *checkpoints*:
+    directory for the run's; Ctrl-C and SIGTERM then end it after its step and leave one. *stream*
+    computes the experts of a model without them, from `load_backbone`; the updates are then in
+    `Trained.adapter`. On return tensors have the types they came with.
 
-    Raises:
-        UnsupportedModelError, TrainingError, InterruptedRunError: as `melinoe.finetune.finetune`.
+    UnsupportedModelError, TrainingError, InterruptedRunError: as `melinoe.finetune.finetune`.
     """
     if settings.eval_every and not eval_data:
         raise TrainingError(
@@ -204,7 +196,6 @@ def with_compute_dtype(settings: FinetuneSettings, stored: torch.dtype) -> Finet
 def _freeze_unreached(model: Any, parts: TrainedParts) -> None:
     """
     Leave out trained parameters that no gradient ever reaches, such as a bias of the choice alone.
-
     Several processes wait for every parameter's gradient, or search each step's graph for them.
     """
     few = torch.arange(1, 6, device=model.get_input_embeddings().weight.device)[None]

@@ -21,9 +21,9 @@ def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str
     """
     Find the linear projections of attention in the decoder layers: module by full name, in order.
 
-    Decoder layers are the elements of the outermost list of modules around each experts module, so
-    towers for pictures or sound do not count. Projections are plain ``nn.Linear``; one warning
-    names those of another kind, and layers without any. UnsupportedModelError if there are none.
+    Decoder layers are the elements of the outermost list of modules around each experts module. One
+    warning names projections that are no plain ``nn.Linear``, and layers without any.
+    UnsupportedModelError if there are none.
     """
     found: dict[str, nn.Linear] = {}
     bare: set[str] = set()

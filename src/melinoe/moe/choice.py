@@ -69,9 +69,8 @@ class ChoiceSettings:
 
 class CacheAwareChoice:
     """
-    Changes the choices of one layer's router, given which experts are resident.
-
-    Logits beyond *num_experts* are skip slots and left alone; *changed* counts replaced choices.
+    Changes the choices of one layer's router, given which experts are resident. Logits beyond
+    *num_experts* are skip slots and left alone; *changed* counts replaced choices.
     """
 
     def __init__(self, settings: ChoiceSettings, num_experts: int) -> None:
@@ -93,18 +92,11 @@ class CacheAwareChoice:
         self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, resident: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
-        Replace choices.
+        Replace choices *top_k_index*, int64 ``(tokens, top_k)``, and return choices and weights.
 
-        Args:
-            logits: ``(tokens, num_logits)`` of the router, for the same tokens.
-            top_k_index: int64 ``(tokens, top_k)``, the router's choice; a token with an id outside
-                the experts is left alone.
-            top_k_weights: ``(tokens, top_k)``.
-            resident: bool ``(num_experts,)`` before this request, on the same device.
-
-        Returns:
-            Choices and weights, of the same shapes and types. UnsupportedModelError if the router's
-            weights follow no known rule.
+        *logits* are the router's ``(tokens, num_logits)``; *resident*, bool ``(num_experts,)``, is
+        as before this request. A token with an id outside the experts is left alone.
+        UnsupportedModelError if the router's weights follow no known rule.
         """
         whole = self._learn(logits, top_k_index, top_k_weights)
         if self.weighting is None or not self.settings.strength or not bool(whole.any()):

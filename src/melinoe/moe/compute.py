@@ -38,10 +38,9 @@ class StandIn:
 
 class Pairs:
     """
-    The outputs of a request that is computed in parts, or that has choices of no expert.
-
-    A pair that is never computed contributes nothing, as in transformers' eager loop, which skips
-    ids outside ``[0, num_experts)``. *outputs* are ``(tokens * top_k, hidden)``, unweighted.
+    The outputs of a request that is computed in parts, or that has choices of no expert. A pair
+    that is never computed contributes nothing, as in transformers' eager loop, which skips ids
+    outside ``[0, num_experts)``. *outputs* are ``(tokens * top_k, hidden)``, unweighted.
     """
 
     def __init__(self, hidden_states: Tensor, top_k: int, dtype: torch.dtype) -> None:
@@ -53,10 +52,8 @@ class Pairs:
         self, forward: Forward, stand_in: StandIn, slot_of_pair: Tensor, due: Tensor | None = None
     ) -> None:
         """
-        Compute the pairs that have a slot now.
-
-        *slot_of_pair* is int64 ``(tokens * top_k,)``, below 0 for pairs that are not *due*, which
-        is int64, ascending; absent, it is found, for which the host waits for the device.
+        Compute the pairs that have a slot now: *slot_of_pair*, int64 ``(tokens * top_k,)``, is
+        below 0 for pairs that are not *due*, which is ascending, or found, and then the host waits.
         """
         if due is None:
             due = (slot_of_pair >= 0).nonzero().squeeze(-1)

@@ -34,10 +34,8 @@ ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def bind(module: nn.Module, function: ExpertsFunction) -> None:
     """
-    Let *function* compute the experts of *module*; AttachError if something is bound already.
-
-    It is called with hidden states ``(tokens, hidden)``, ``top_k_index`` int64 ``(tokens, top_k)``
-    and ``top_k_weights`` ``(tokens, top_k)``, and returns ``(tokens, hidden)``.
+    Let *function* compute the experts of *module*, from hidden states ``(tokens, hidden)`` and
+    choices and weights ``(tokens, top_k)``; AttachError if something is bound already.
     """
     if _BOUND in vars(module):
         raise AttachError("a runtime is attached to this model already; detach() it first")
@@ -114,10 +112,9 @@ def _deciding(model: nn.Module) -> list[Any]:
 
 def transformers_function(module: nn.Module) -> Callable[..., Tensor]:
     """
-    Find transformers' function that *module* would use with all experts resident.
-
-    ``eager``, a loop over experts in Python, becomes ``grouped_mm``: the same up to rounding.
-    AttachError where an implementation does not take its weights from the module as they are.
+    Find transformers' function that *module* would use with all experts resident. ``eager``, a loop
+    over experts in Python, becomes ``grouped_mm``: the same up to rounding. AttachError where an
+    implementation does not take its weights from the module as they are.
     """
     name = getattr(module.config, "_experts_implementation", None)  # type: ignore[union-attr]
     if name in (None, "eager"):
@@ -148,9 +145,8 @@ def _melinoe(
 
 def refuse_one_graph() -> bool:
     """
-    Raise where a compiler may leave nothing out of its graph: fullgraph=True, torch.export.
-
-    Dynamo calls it while it traces its caller, and would put its own words around any other error.
+    Raise where a compiler may leave nothing out of its graph: fullgraph=True, torch.export. Dynamo
+    calls it while it traces its caller, and would put its own words around any other error.
     """
     from torch._dynamo.exc import Unsupported  # slow to import
     from torch._dynamo.symbolic_convert import InstructionTranslator

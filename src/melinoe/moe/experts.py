@@ -78,13 +78,9 @@ def find_experts(model: nn.Module) -> list[ExpertsLayer]:
     """
     List the MoE layers of *model*, in ``named_modules()`` order; also on the meta device.
 
-    Layers may differ in their number of experts. State that is not stacked over experts stays with
-    the module.
-
-    Raises:
-        UnsupportedModelError: no MoE layers; a family whose experts transformers does not hand to
-            an experts function; a quantised or expert-parallel layout.
-        AttachError: the experts' weights have been taken out already, or an adapter sits on them.
+    UnsupportedModelError: no MoE layers; a family whose experts transformers does not hand to an
+    experts function; a quantised or expert-parallel layout. AttachError: the experts' weights have
+    been taken out already, or an adapter sits on them.
     """
     found = [(name, module) for name, module in model.named_modules() if is_experts_module(module)]
     if not found:

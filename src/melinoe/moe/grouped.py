@@ -30,7 +30,6 @@ def grouped_experts(
 ) -> Tensor:
     """
     Compute an experts module, as ``transformers.integrations.moe.grouped_mm_experts_forward`` does.
-
     Never waits for the device; takes memory of the order of ``tokens x top_k`` rows. *addition*
     gives the term of a projection. Returns ``(tokens, hidden)`` in the dtype of *hidden_states*.
     """
@@ -43,9 +42,8 @@ def grouped_experts(
 
 class Choices(NamedTuple):
     """
-    The (token, choice) pairs of a pass, sorted by expert.
-
-    A pair without an expert has a neighbour's, and weight 0: no row stays unwritten.
+    The (token, choice) pairs of a pass, sorted by expert. A pair without an expert has a
+    neighbour's, and weight 0: no row stays unwritten.
     """
 
     order: Tensor  # int64 (pairs,): numbers of the pairs, token by token, in sorted order
@@ -115,11 +113,9 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     Multiply each row by the matrix of its group; with gradient, zero for a group of no rows.
 
-    Args:
-        rows: ``(rows, in)``, sorted by group, of the dtype of *weight*; or wider if *weight* is
-            frozen: each matrix is then cast up as it is read.
-        weight: ``(groups, in, out)``.
-        offsets: int32 ``(groups,)``; rows up to and with each group.
+    *rows* are sorted by group, and wider than *weight*, ``(groups, in, out)``, only if that is
+    frozen: each matrix is cast up as it is read. *offsets*, int32 ``(groups,)``: rows up to and
+    with each group.
     """
     if rows.dtype != weight.dtype:
         if torch.is_grad_enabled() and weight.requires_grad:

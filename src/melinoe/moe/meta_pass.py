@@ -62,10 +62,9 @@ def without_experts(
     called: Callable[[ExpertsLayer, torch.Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """
-    Make *model*, on the meta device, run in the body; its experts return their inputs.
-
-    *called* is told of each call of a layer's experts. Yields, by MoE layer, the experts a token
-    asked for. RuntimeError: any exception of the body's, chained.
+    Make *model*, on the meta device, run in the body; its experts return their inputs. *called* is
+    told of each call of a layer's experts. Yields, by MoE layer, a token's experts. RuntimeError:
+    any exception of the body's, chained.
     """
     top_k: list[int | None] = [None] * len(layers)
 
@@ -101,7 +100,6 @@ def forward(
 ) -> Pass:
     """
     Run *model*, on the meta device, over *tokens* tokens, at most `DIRECT`: well under a second.
-
     *sizes* are bytes of each parameter outside the experts, by ``id``. RuntimeError where the
     family's code looks at values, or keeps no cache.
     """
@@ -131,10 +129,9 @@ def cache_bytes(
     model: Any, layers: Sequence[ExpertsLayer], context: int, seen: Pass | None = None
 ) -> int:
     """
-    Count the bytes that the cache holds for one sequence of *context* tokens.
-
-    Beyond `DIRECT` tokens each part grows on as over the last half of them, up to its window.
-    *seen* is a pass over ``min(context, DIRECT)`` tokens, if one was made already.
+    Count the bytes that the cache holds for one sequence of *context* tokens. Beyond `DIRECT`
+    tokens each part grows on as over the last half of them, up to its window. *seen* is a pass over
+    ``min(context, DIRECT)`` tokens, if one was made already.
     """
     whole = seen or forward(model, layers, min(context, DIRECT))
     if context <= DIRECT:

@@ -72,11 +72,11 @@ class NextRouters:
     @torch.no_grad()
     def guess(self, layer: int, target: int, rows: int, top_k: int) -> Tensor:
         """
-        Ask the router of *target*, the layer that comes next, about the inputs of *layer*'s router.
+        Ask the router of *target* about the inputs of *layer*'s router: integers ``(rows, top_k)``.
 
-        Returns integers ``(rows, top_k)``: the router's own choice where it returns one, so that
-        correction biases and groups count, else its highest logits; ids outside the experts mean
-        none. UnsupportedModelError where its output cannot be read.
+        They are its own choice where it returns one, so that correction biases and groups count,
+        else its highest logits; ids outside the experts mean none. UnsupportedModelError where that
+        cannot be read.
         """
         router = self._routers[target]
 

@@ -49,9 +49,8 @@ class Router:
 def find_routers(model: nn.Module) -> list[Router]:
     """
     Find the router of each MoE layer, in the order of `find_experts`; also of an offloaded model.
-
-    UnsupportedModelError: no MoE layers, or a layer whose router has no trainable weight of one
-    row per expert, so its choice could not be trained.
+    UnsupportedModelError: no MoE layers, or a layer whose router has no trainable weight of one row
+    per expert, so its choice could not be trained.
     """
     found = [(name, module) for name, module in model.named_modules() if is_experts_module(module)]
     if not found:
@@ -88,9 +87,8 @@ def _router_of(model: nn.Module, index: int, experts_name: str, experts: nn.Modu
 
 def router_logits(output: Any) -> Tensor:
     """
-    Take the logits from what a router returns, ``(tokens, num_logits)``.
-
-    They come first, as a rule; a few families of transformers 5.17 return the choice first.
+    Take the logits from what a router returns, ``(tokens, num_logits)``. They come first, as a
+    rule; a few families of transformers 5.17 return the choice first.
     """
     logits = output if isinstance(output, Tensor) else output[0]
     if not logits.is_floating_point():
@@ -108,10 +106,9 @@ class Routing(NamedTuple):
 
 class RoutingRecorder:
     """
-    Collects, during a forward pass, every router's logits, and the choices that ran.
-
-    A context manager around one forward pass; ``take()`` returns the layers' `Routing` and empties
-    it. Where a layer runs twice within the pass (recomputed activations), the first run counts.
+    Collects, during a forward pass, every router's logits, and the choices that ran. A context
+    manager around one forward pass; ``take()`` returns the layers' `Routing` and empties it. Where
+    a layer runs twice within the pass (recomputed activations), the first run counts.
     """
 
     def __init__(self, routers: list[Router]):
@@ -165,10 +162,9 @@ class RoutingRecorder:
 
 def fingerprint(model: nn.Module) -> str:
     """
-    Hash a model's routing: sha256 over all router weights and the experts' geometry.
-
-    The 64 hexadecimal digits are equal exactly if the routers hold equal numbers, in whatever type;
-    a trace or predictor of one model then belongs to the other.
+    Hash a model's routing: sha256 over all router weights and the experts' geometry. The 64
+    hexadecimal digits are equal exactly if the routers hold equal numbers, in whatever type; a
+    trace or predictor of one model then belongs to the other.
     """
     digest = hashlib.sha256()
     for router in find_routers(model):

@@ -51,7 +51,6 @@ class DiskStore(Store):
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """
         Read one expert into *into*; straight there on the CPU, else through a block in host memory.
-
         CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
         source, stored = self._checkpoint.experts[layer], self.format(layer)

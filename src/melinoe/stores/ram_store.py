@@ -24,9 +24,8 @@ _ALIGNMENT = 64
 
 class RamStore(Store):
     """
-    All experts in pageable host memory; BudgetError if the host does not have it.
-
-    Made with room for *layers* and no contents: fill it through `views`, or by `from_modules`.
+    All experts in pageable host memory; BudgetError if the host does not have it. Made with room
+    for *layers* and no contents: fill it through `views`, or by `from_modules`.
     """
 
     kind = "ram"
@@ -124,10 +123,9 @@ class RamStore(Store):
 
 class PinnedStore(RamStore):
     """
-    All experts in page-locked host memory, from which a GPU copies without a detour.
-
-    It is locked in place, by whole pages; torch's pinned allocator rounds up to a power of two.
-    AttachError: no CUDA device. PinError: the system refuses to lock that much.
+    All experts in page-locked host memory, from which a GPU copies without a detour. It is locked
+    in place, by whole pages; torch's pinned allocator rounds up to a power of two. AttachError: no
+    CUDA device. PinError: the system refuses to lock that much.
     """
 
     kind = "pinned"

@@ -50,9 +50,8 @@ class Store:
 
 def empty_blocks(parts: Sequence[Part], count: int) -> dict[str, Tensor]:
     """
-    Host memory for *count* experts, by part; its contents are arbitrary.
-
-    It begins with a page, so that whole blocks of a file can be read straight into it.
+    Host memory for *count* experts, by part; its contents are arbitrary. It begins with a page, so
+    that whole blocks of a file can be read straight into it.
     """
     found = {}
     for part in parts:

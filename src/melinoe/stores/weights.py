@@ -15,7 +15,6 @@ from melinoe.stores.store import Store, read_weights
 def free_weights(layer: ExpertsLayer, device: torch.device | None = None) -> None:
     """
     Replace the stacked parameters of *layer* by empty ones, ``(0, ...)``; their memory is freed.
-
     The parameter objects stay, unless they were on the meta device. An empty parameter follows the
     model in ``model.to(...)``, which shows that the model was moved.
     """

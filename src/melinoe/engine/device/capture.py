@@ -21,10 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 class CudaStep:
     """
-    One captured forward pass; every replay overwrites its `output`.
-
-    A capture that fails leaves the process able to capture again. Never use a *pool* again whose
-    graphs are all gone, nor the *stream* of another model: what libraries keep may outlive them.
+    One captured forward pass; every replay overwrites its `output`. A capture that fails leaves the
+    process able to capture again. Never use a *pool* again whose graphs are all gone, nor the
+    *stream* of another model: what libraries keep may outlive them.
     """
 
     def __init__(self, run: Callable[[], Any], pool: Any, stream: Any) -> None:
@@ -55,11 +54,9 @@ class CudaStep:
 
 def _mend_after_failed_capture(device: int, pool: Any) -> None:
     """
-    Make memory and random numbers usable again after ``capture_end`` raised.
-
-    Until torch 2.12 it raises before it tells the allocator that the capture is over
-    (pytorch#180395), until 2.14 it keeps its hold on the pool's memory (pytorch#190308); and the
-    random generator goes on expecting a capture.
+    Make memory and random numbers usable again after ``capture_end`` raised: until torch 2.12 it
+    raises before it tells the allocator that the capture is over (pytorch#180395), until 2.14 it
+    keeps its hold on the pool's memory (pytorch#190308).
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 12):
@@ -74,9 +71,8 @@ def _mend_after_failed_capture(device: int, pool: Any) -> None:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """
-    Stop Python's garbage collection in the body, as ``torch.cuda.graph`` does.
-
-    To release page-locked memory waits for the device: an error while a stream is captured.
+    Stop Python's garbage collection in the body, as ``torch.cuda.graph`` does. To release
+    page-locked memory waits for the device: an error while a stream is captured.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -134,11 +130,9 @@ def fill(buffers: Any, inputs: Mapping[str, Any]) -> None:
 
 class Constants:
     """
-    Small tensors that a model makes of Python's numbers in every step, made once.
-
-    ``torch.tensor([-1], device="cuda")`` copies from the host, which a CUDA graph cannot hold. A
-    captured step (`giving`) gets copies of what a step that ran as it was made (`learning`). They
-    are never moved or freed, since graphs know where they lie.
+    Small tensors that a model makes of Python's numbers in every step, made once: copies from the
+    host, which a CUDA graph cannot hold. A captured step (`giving`) gets copies of what a step that
+    ran as it was made (`learning`). Never moved or freed, since graphs know where they lie.
     """
 
     def __init__(self) -> None:
@@ -188,9 +182,8 @@ def _is_plain(value: Any) -> bool:
 def waits(device: torch.device) -> Iterator[list[str]]:
     """
     List the calls in the body that make the host wait for a GPU, as ``file.py:line``, once it has
-    ended.
-
-    PyTorch's sync debug mode does not see every wait, so such a step may still fail to be captured.
+    ended. PyTorch's sync debug mode does not see every wait, so such a step may still fail to be
+    captured.
     """
     found: list[str] = []
     if device.type != "cuda":

@@ -57,10 +57,8 @@ def _copy(
 
 class Loader:
     """
-    Loads experts of one layer into slots or a staging block, by part ``(num_slots, ...)``.
-
-    *where*: `addresses` of the layer. *programs*: how many copy at once; absent:
-    `default_programs`.
+    Loads experts of one layer into slots or a staging block, by part ``(num_slots, ...)``; *where*:
+    `addresses` of the layer; *programs*: how many copy at once.
     """
 
     def __init__(
@@ -97,10 +95,8 @@ class Loader:
 
     def load_listed(self, experts: Tensor, slots: Tensor, count: Tensor) -> None:
         """
-        Load the experts that lists on the device name, in the order of the current stream.
-
-        int32: *experts* and *slots* ``(n,)``, no slot twice; *count*, one element, says how many
-        hold.
+        Load the experts that int32 lists on the device name, in the order of the current stream;
+        *count*, one element, says how many hold.
         """
         _copy[(self.programs,)](
             self._where, self._chunks, experts, slots, count, self._chunks.shape[0],
@@ -142,9 +138,8 @@ class Staging:
 
     def slots(self, layer: ExpertsLayer, count: int) -> Block:
         """
-        Room for *count* experts, by part, that the allocator reuses after copies to it are done.
-
-        Of zeros: a choice of no expert computes some slot, with weight zero.
+        Room for *count* experts, by part, that the allocator reuses after copies to it are done. Of
+        zeros: a choice of no expert computes some slot, with weight zero.
         """
         with torch.inference_mode(False):
             found = {

@@ -161,16 +161,11 @@ class DeviceResidency:
     """
     Which experts of all layers are resident, as tensors on the device.
 
-    For a prompt, a layer is taken to the host as a `Residency` (`pull`) and brought back (`push`).
-
-    Attributes:
-        state: int64, a row by layer, as the module's docstring has it.
-        load_expert, load_slot, num_loads: int32, by layer: what to load, the slots, how many hold.
-        counts: int64 ``(layers + 1, 4)``: `COUNTERS` by layer; in the last row tokens, passes,
-            passes without a load, and their tokens.
-
-    Raises:
-        MelinoeError, AttachError: another policy; too many experts; policies that differ.
+    *state*: int64, a row by layer, as the module's docstring has it. *load_expert*, *load_slot*,
+    *num_loads*: int32, by layer: what to load, the slots, how many hold. *counts*: int64 ``(layers
+    + 1, 4)``: `COUNTERS` by layer; in the last row tokens, passes, passes without a load, and their
+    tokens. For a prompt, a layer is taken to the host as a `Residency` (`pull`) and brought back
+    (`push`). MelinoeError, AttachError: another policy; too many experts; policies that differ.
     """
 
     def __init__(
@@ -217,10 +212,9 @@ class DeviceResidency:
         """
         Decide one request of *layer* on the device; the host neither waits nor learns of it.
 
-        *top_k_index* and *top_k_weights* are ``(tokens, top_k)``, at most `MOST_PAIRS` entries, no
-        more distinct experts than slots; ids outside the experts are no choice. With *lanes* so
-        many layers at once, in a leading dimension. Returns slots, int64, and weights, shaped
-        alike; a choice of no expert has weight zero and a slot that holds some expert.
+        At most `MOST_PAIRS` pairs ``(tokens, top_k)``, of no more experts than slots; with *lanes*
+        so many layers at once. Returns slots, int64, and weights; a choice of no expert has weight
+        zero and some slot.
         """
         index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
         slots = torch.empty_like(index, dtype=torch.int64)

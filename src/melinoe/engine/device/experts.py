@@ -28,7 +28,6 @@ _KEEP = StreamedPrefill(admit=0)
 class DeviceExperts:
     """
     Computes the experts of one MoE layer from its slots, without asking the host in a decode step.
-
     Packed experts are computed by our kernels; those of 16 and 32 bits by transformers' function,
     except in passes of few pairs where that makes the host wait.
     """
@@ -80,9 +79,8 @@ class DeviceExperts:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
-        Compute the layer's experts, shapes as for `melinoe.moe.dispatch.bind`.
-
-        AttachError: as `Guard.check`, or a CUDA graph captures a pass that the host must decide.
+        Compute the layer's experts, shapes as for `melinoe.moe.dispatch.bind`. AttachError: as
+        `Guard.check`, or a CUDA graph captures a pass that the host must decide.
         """
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request

@@ -229,9 +229,8 @@ def _combine(pair_ptr, weight_ptr, out_ptr, choices, hidden, BLOCK: tl.constexpr
 
 class KernelExperts:
     """
-    An experts function over slots of blocks, in any format, called as transformers' own are.
-
-    It multiplies in the module's type and adds in float32; a CUDA graph can hold it.
+    An experts function over slots of blocks, in any format, called as transformers' own are. It
+    multiplies in the module's type and adds in float32; a CUDA graph can hold it.
     """
 
     def __init__(self, layer: ExpertsLayer) -> None:
@@ -249,10 +248,8 @@ class KernelExperts:
         self, module: Any, hidden_states: Tensor, slot_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """
-        Compute all pairs of a request: ``(tokens, hidden)``, in the type of *hidden_states*.
-
-        *module* carries the parts of all slots and its own activation; every entry of *slot_index*,
-        int64 ``(tokens, top_k)``, is a slot.
+        Compute all pairs of a request: ``(tokens, hidden)``; every entry of *slot_index*, int64
+        ``(tokens, top_k)``, is a slot of *module*, which has its own activation.
         """
         top_k = slot_index.shape[1]
         slots = slot_index.reshape(-1).contiguous()
@@ -291,7 +288,7 @@ class KernelExperts:
 
         Pair *p* takes row ``p // choices`` of *x*; *where* has the slots of the pairs, twice, or
         what `tiles` gives. An *activation* is applied to the first half of the outputs, which is
-        then multiplied with the second; without one the result is in the layer's ``pair_dtype``.
+        then multiplied with the second.
         """
         order, table = where
         pairs, few = order.numel(), order is table
@@ -350,10 +347,8 @@ def constants(
 
 def tiles(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """
-    Sort pairs by slot and cut them into tiles of 16, without asking what they are.
-
-    Returns the pairs by slot, int64; and int64 ``(tiles, 3)``: slot, first and end of each tile.
-    The last may be empty.
+    Sort pairs by slot and cut them into tiles of 16, without asking what they are: the pairs by
+    slot, and int64 ``(tiles, 3)``: slot, first and end of each. The last may be empty.
     """
     rows = _ROWS.value
     ordered, order = torch.sort(slots, stable=True)

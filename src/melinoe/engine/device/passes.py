@@ -25,15 +25,10 @@ class DevicePasses(ForwardPasses):
 
     A prompt is streamed. A pass of the completion is decided by the device if it *fits*: its tokens
     can never need more experts of a layer than it has slots; otherwise by the host, in parts,
-    counted and logged. A pass of continuous batching has no phase: if it fits, it counts as
-    completion; else it is streamed, evicts no expert, and counts as prompt.
-
-    Attributes:
-        mode: `DEVICE`, `STREAM` or `PARTS`, of the open pass; *paged*: of continuous batching.
-        given: the call that the next passes belong to, where asking the cache would make the host
-            wait.
-        unasked: called for each decode step that the device decides and that nobody captures.
-        generation_begins: called when `generate` of the model begins.
+    counted and logged. A pass of continuous batching (*paged*) has no phase: if it fits, it counts
+    as completion; else it is streamed, evicts no expert, and counts as prompt. *given* is the call
+    that the next passes belong to, where asking the cache would wait; *unasked* is called for each
+    decode step that nobody captures.
     """
 
     def __init__(

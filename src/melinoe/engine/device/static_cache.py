@@ -74,9 +74,8 @@ class CacheKinds:
 
     def of(self, cache: StaticCache) -> tuple[int, tuple[bool, ...]]:
         """
-        The kind of *cache* now: its number, and which of its layers' windows are full.
-
-        Asked in every step, so a cache is described anew only if a value is another object.
+        The kind of *cache* now: its number, and which of its layers' windows are full. Asked in
+        every step, so a cache is described anew only if a value is another object.
         """
         layers = list(map(vars, cache.layers))
         values = [v for own in layers for name, _, v in _parts(own) if name != _COUNT]
@@ -125,10 +124,8 @@ def uncounted(cache: StaticCache) -> Iterator[None]:
 
 class KeptCache:
     """
-    Gives ``generate`` the memory of its last static cache again: captured steps know no other.
-
-    While that cache is alive somebody may still read it: then there is new memory, and *renewed* is
-    called.
+    Gives ``generate`` the memory of its last static cache again, for captured steps know no other.
+    While that cache is alive there is new memory, and *renewed* is called.
     """
 
     def __init__(self, renewed: Callable[[], None]) -> None:
@@ -168,9 +165,8 @@ class KeptCache:
 
 def _empty_for(used: Any, fresh: Any) -> bool:
     """
-    Empty a used layer, and tell whether it can stand for a fresh one; if not, it is of no use.
-
-    Both must have been made with the same settings, and inside or outside inference mode alike.
+    Empty a used layer, and tell whether it can stand for a fresh one; if not, it is of no use. Both
+    must have been made with the same settings, and inside or outside inference mode alike.
     """
     inference = torch.is_inference_mode_enabled()
     held = tensors(used)
