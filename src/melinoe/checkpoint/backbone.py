@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -211,14 +212,10 @@ def _loading_quietly() -> Iterator[None]:
     Let transformers read each tensor when its turn comes, and say nothing about it. By default it
     reads ahead in threads, and so holds the experts that it stacks twice.
     """
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before, verbosity = os.environ.get(name), transformers_logging.get_verbosity()
-    os.environ[name] = "1"
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before

@@ -8,10 +8,11 @@ the base's names, and is decoded where the base has it packed.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from shutil import copyfile
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,26 +71,37 @@ def pack(name: str, format: str, out: str | Path) -> float:
         experts = [wanted.block_bytes(x.tensors) * x.num_experts for x in checkpoint.layers]
         rest = [prod(x.info.shape) * x.info.dtype.itemsize for x in checkpoint.backbone]
         check_room(out, sum(experts) + sum(rest))
-        with whole_directory(out) as directory:
-            write_shards(_read(checkpoint, wanted), directory)
-            config = plain_config(read_raw_config(checkpoint.source)[1])
-            if not wanted.exact:
-                config["quantization_config"] = {
-                    "quant_method": OWN_METHOD,
-                    "format": wanted.name,
-                    "transposed": any(t.transposed for t in checkpoint.layers[0].tensors),
-                }
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            write_whole(directory / "config.json", text + "\n")
-            known = read_metadata(checkpoint.source) or describe_base(name)
-            card = "README.md"
-            if not wanted.exact and known.pop("outcome", None) is not None:
-                card = BASE_CARD  # it says what was measured, and not of rounded experts
-            for path in other_files(checkpoint)[0]:
-                if path.name not in (INDEX, "config.json"):
-                    copyfile(path, directory / (card if path.name == "README.md" else path.name))
-            write_metadata(directory, known)
+        config = plain_config(read_raw_config(checkpoint.source)[1])
+        if not wanted.exact:
+            config["quantization_config"] = {
+                "quant_method": OWN_METHOD,
+                "format": wanted.name,
+                "transposed": any(t.transposed for t in checkpoint.layers[0].tensors),
+            }
+        known, renamed = read_metadata(checkpoint.source) or describe_base(name), {}
+        if not wanted.exact and known.pop("outcome", None) is not None:
+            renamed = {"README.md": BASE_CARD}  # it says what was measured, of unrounded experts
+        write_anew(checkpoint, out, _read(checkpoint, wanted), config, known, renamed)
         return _difference(checkpoint, wanted)
+
+
+def write_anew(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    groups: Iterator[dict[str, Tensor]],
+    config: dict[str, Any],
+    metadata: dict[str, Any],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write *out* of a checkpoint's other files, some *renamed*, and of new tensors and config."""
+    with whole_directory(out) as directory:
+        write_shards(groups, directory)
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        write_whole(directory / "config.json", text + "\n")
+        for path in other_files(checkpoint)[0]:
+            if path.name not in (INDEX, "config.json"):
+                copyfile(path, directory / renamed.get(path.name, path.name))
+        write_metadata(directory, metadata)
 
 
 def _difference(checkpoint: Checkpoint, wanted: ExpertFormat) -> float:

@@ -4,32 +4,23 @@ Write a checkpoint with some of its experts alone, numbered anew: plain, in the 
 Routers lose the rows of the experts that go, so a token's choice is the best of those that stay.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from melinoe.checkpoint.files import INDEX, read_raw_config
-from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
+from melinoe.checkpoint.files import read_raw_config
+from melinoe.checkpoint.metadata import describe_base, read_metadata
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
-from melinoe.checkpoint.pack import write_shards
+from melinoe.checkpoint.pack import write_anew
 from melinoe.checkpoint.safetensors_file import load_whole
 from melinoe.checkpoint.sources import Converted, group_by_parameter
-from melinoe.checkpoint.writing import (
-    BASE_CARD,
-    check_output,
-    check_room,
-    other_files,
-    whole_directory,
-)
+from melinoe.checkpoint.writing import BASE_CARD, check_output, check_room
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import EXPERT_COUNTS, TOP_K
 from melinoe.moe.routing import find_routers
-from melinoe.whole_file import write_whole
 
 # The card, and the parts of melinoe.json, that speak of the model with all its experts.
 _RENAMED = {"README.md": BASE_CARD}
@@ -50,15 +41,9 @@ def prune(name: str, kept: Sequence[Sequence[int]], out: str | Path) -> None:
         config = _smaller(raw, checkpoint, count)
         stays = _what_stays(checkpoint, kept)
         check_room(out, checkpoint.stored_bytes)
-        with whole_directory(out) as directory:
-            write_shards(_read(checkpoint, stays), directory)
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            write_whole(directory / "config.json", text + "\n")
-            for path in other_files(checkpoint)[0]:
-                if path.name not in (INDEX, "config.json"):
-                    copyfile(path, directory / _RENAMED.get(path.name, path.name))
-            known = read_metadata(checkpoint.source) or describe_base(name)
-            write_metadata(directory, {k: v for k, v in known.items() if k not in _OF_THE_WHOLE})
+        known = read_metadata(checkpoint.source) or describe_base(name)
+        metadata = {key: value for key, value in known.items() if key not in _OF_THE_WHOLE}
+        write_anew(checkpoint, out, _read(checkpoint, stays), config, metadata, _RENAMED)
 
 
 def _smaller(raw: dict[str, Any], checkpoint: Checkpoint, count: int) -> dict[str, Any]:

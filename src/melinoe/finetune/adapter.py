@@ -35,6 +35,7 @@ from melinoe.finetune.parts import (
 )
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers
+from melinoe.schema import Schema, fields, problem
 from melinoe.whole_file import parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +51,12 @@ _NOT_OURS = (
 # Ways to begin that take a part out of the base's own weights (``init_lora_weights``).
 _OF_ANOTHER_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
+# What of PEFT's config is read here.
+_FIELDS: Schema = {
+    **{"r": "count", "lora_alpha": "number", "base_model_name_or_path?": "text"},
+    **{"rank_pattern?": {"*": "count"}, "alpha_pattern?": {"*": "number"}},
+    **fields(["text"], "target_parameters?", "modules_to_save?"),
+}
 # What PEFT puts behind the name of a module, and the experts of transformers before its fifth.
 _OF_PEFT = re.compile(r"\.(?:base_layer|lora_|modules_to_save|original_module)")
 _OF_ONE_EXPERT = re.compile(r"experts\.\d+\.")
@@ -186,7 +193,13 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
         if config.get("peft_type") == "LORA":
-            _check_fields(config)
+            if wrong := problem(config, _FIELDS):
+                raise ValueError(wrong)
+            ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+            if not all((config["r"], *ranks.values())):
+                raise ValueError("a rank of 0")
+            for pattern in (*ranks, *alphas):
+                re.compile(pattern)
     except (ValueError, re.error) as error:
         raise CheckpointError(
             f"{path / CONFIG} is not readable ({error}); write the adapter again"
@@ -208,25 +221,6 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
             "PEFT's path_initial_model_for_weight_conversion, or merge it there (merge_and_unload)"
         )
     return config
-
-
-def _check_fields(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError or re.error for what PEFT would not write."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not (isinstance(ranks, dict) and isinstance(alphas, dict)):
-        raise ValueError("a pattern that is no object")
-    for pattern in (*ranks, *alphas):
-        re.compile(pattern)
-    if not all(type(rank) is int and rank > 0 for rank in (config.get("r"), *ranks.values())):
-        raise ValueError("a rank that is no whole number above 0")
-    if not all(type(a) in (int, float) for a in (config.get("lora_alpha"), *alphas.values())):
-        raise ValueError("an alpha that is no number")
-    for name in ("target_parameters", "modules_to_save"):
-        names = config.get(name) or []
-        if not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
-            raise ValueError(f"{name} that are no list of names")
-    if not isinstance(config.get("base_model_name_or_path") or "", str):
-        raise ValueError("a base_model_name_or_path that is no text")
 
 
 def read_adapter(
