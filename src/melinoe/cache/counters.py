@@ -57,13 +57,7 @@ class Counters:
         self._now_tokens, self._now_misses = tokens, 0
 
     def add_request(
-        self,
-        layer: int,
-        uses: int,
-        hits: int,
-        loads: int,
-        decisions: int = 1,
-        on_host: int = 0,
+        self, layer: int, uses: int, hits: int, loads: int, decisions: int = 1, on_host: int = 0
     ) -> None:
         """Count one request of the open pass: *uses* pairs, *hits* of them on resident experts."""
         phase, counts = self._now, self._counts

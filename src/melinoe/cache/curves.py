@@ -56,6 +56,10 @@ def miss_curves(
     Arguments and errors as in `simulate`.
     """
     layers, experts = trace.num_layers, trace.num_experts
+    given: Any = {
+        "policy_options": policy_options,
+        "reset_between_sequences": reset_between_sequences,
+    }
     exact_from = np.full(layers, experts + 1)
     loads = np.zeros((2, layers, experts), np.int64)
     hits, uses = np.zeros_like(loads), np.zeros((2, layers), np.int64)
@@ -68,13 +72,7 @@ def miss_curves(
         hits[:] = np.cumsum(uses_at, axis=2)[:, :, :-1]
         uses[:] = uses_at.sum(axis=2)
     for slots in range(1, min(experts, int(exact_from.max(initial=1)) - 1) + 1):
-        counters = simulate(
-            trace,
-            slots,
-            policy,
-            policy_options=policy_options,
-            reset_between_sequences=reset_between_sequences,
-        ).counters
+        counters = simulate(trace, slots, policy, **given).counters
         chunked = exact_from > slots
         loads[:, chunked, slots - 1] = counters.loads[:, chunked]
         hits[:, chunked, slots - 1] = counters.hits[:, chunked]
@@ -108,6 +106,10 @@ def unit_costs(
     for size in slots:
         check_capacity(trace.num_experts, size)
     exact_from = trace.num_experts + 1
+    given: Any = {
+        "policy_options": policy_options,
+        "reset_between_sequences": reset_between_sequences,
+    }
     by_rule = isinstance(policy, str) and policy in COMPILED_POLICIES
     # As in `simulate`: loading compiled code pays for much work alone.
     if by_rule and len(trace) * trace.num_layers * len(slots) >= COMPILED_FROM:
@@ -127,13 +129,7 @@ def unit_costs(
             loads = loads_below[:, -1] - loads_below[:, size - 1]
             found.append((hits_below[:, size - 1], loads, hits_below[:, -1], tokens))
         else:
-            done = simulate(
-                trace,
-                size,
-                policy,
-                policy_options=policy_options,
-                reset_between_sequences=reset_between_sequences,
-            ).per_sequence
+            done = simulate(trace, size, policy, **given).per_sequence
             names = ("hits", "loads", "uses", "tokens")
             found.append(
                 tuple(np.array([getattr(u, n)[COMPLETION].sum() for u in done]) for n in names)

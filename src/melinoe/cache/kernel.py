@@ -324,11 +324,7 @@ class Prepared:
     """
 
     def __init__(
-        self,
-        trace: Trace,
-        policy: str,
-        options: Mapping[str, Any],
-        reset_between_sequences: bool,
+        self, trace: Trace, policy: str, options: Mapping[str, Any], reset_between_sequences: bool
     ) -> None:
         self._trace = trace
         self._bounds, self.phase = trace.bounds()

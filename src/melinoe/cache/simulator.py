@@ -211,10 +211,7 @@ def _serve(
 
 
 def _prompt(
-    trace: Trace,
-    sequence: int,
-    slots: tuple[int, ...],
-    prompts: Sequence[Sequence[int]] | None,
+    trace: Trace, sequence: int, slots: tuple[int, ...], prompts: Sequence[Sequence[int]] | None
 ) -> Prompt:
     """A sequence of the trace, once its prompt was read."""
     layers, experts = trace.num_layers, trace.num_experts

@@ -133,11 +133,7 @@ def transfer_s(machine: Machine, work: Work) -> float:
 
 
 def computed_s(
-    machine: Machine,
-    work: Work,
-    experts: int,
-    pairs: int | None = None,
-    rows: int | None = None,
+    machine: Machine, work: Work, experts: int, pairs: int | None = None, rows: int | None = None
 ) -> float:
     """
     Seconds in which the host computes missing experts: U of the formulas, but for the copies.

@@ -29,7 +29,7 @@ LOCALITY: Schema = {
     "reuse": "estimate",
     "distinct_experts": "number",
     "caches": {
-        "*": {"slots": ["count"], "hit_rate": ["estimate"], "transfers_per_token": ["estimate"]},
+        "*": {"slots": ["count"], "hit_rate": ["estimate"], "transfers_per_token": ["estimate"]}
     },
 }
 
@@ -45,10 +45,7 @@ _LOCALITY_CHANGE: Schema = {
     "experts_per_sequence": "estimate",
     "transfers_per_token": {"*": {"slots": ["count"], "ratio": ["estimate"]}},
 }
-CHANGE: Schema = {
-    "perplexity": {"*": "estimate"},
-    **fields(_LOCALITY_CHANGE, "writing", "reading"),
-}
+CHANGE: Schema = {"perplexity": {"*": "estimate"}, **fields(_LOCALITY_CHANGE, "writing", "reading")}
 
 # What fine-tuning bought and cost: both models on the same held-out examples; and the control, the
 # same run without locality terms, where there was one: it tells apart what these terms did.

@@ -53,8 +53,7 @@ class Options:
         None, "instead of slots: memory of the slots of all layers, as in 8GiB", unit="bytes"
     )
     policy: str | Callable[[], Any] = setting(
-        DEFAULT_POLICY,
-        "which resident expert is evicted first: lfu or lru",
+        DEFAULT_POLICY, "which resident expert is evicted first: lfu or lru"
     )
     policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
     engine: str = setting(

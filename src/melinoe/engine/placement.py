@@ -263,11 +263,7 @@ def _staged_bytes(slots: Sequence[int], layers: Sequence[ExpertsLayer], store: s
 
 
 def _check_host(
-    options: Options,
-    device: torch.device,
-    store: str,
-    slots: Sequence[int],
-    model: Model,
+    options: Options, device: torch.device, store: str, slots: Sequence[int], model: Model
 ) -> None:
     """Refuse what the system would end the process for, or *ram* does not allow."""
     on_cpu = device.type == "cpu"

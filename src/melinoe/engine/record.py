@@ -21,11 +21,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        num_experts: Sequence[int],
-        model: str = "",
-        fingerprint: str = "",
-        note: str = "",
+        self, num_experts: Sequence[int], model: str = "", fingerprint: str = "", note: str = ""
     ) -> None:
         self._num_experts = tuple(num_experts)
         self._model, self._fingerprint, self._note = model, fingerprint, note

@@ -26,13 +26,7 @@ from torch import Tensor, nn
 
 from melinoe.checkpoint.sources import ExpertSource
 from melinoe.errors import CheckpointError
-from melinoe.finetune.parts import (
-    PROJECTIONS,
-    Factors,
-    TrainedParts,
-    add_update,
-    is_transposed,
-)
+from melinoe.finetune.parts import PROJECTIONS, Factors, TrainedParts, add_update, is_transposed
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers
 from melinoe.schema import Schema, fields, problem

@@ -79,10 +79,7 @@ class Objective:
     """
 
     def __init__(
-        self,
-        routers: list[Router],
-        settings: FinetuneSettings,
-        replay: Replay | None = None,
+        self, routers: list[Router], settings: FinetuneSettings, replay: Replay | None = None
     ):
         self.settings, self.replay = settings, replay
         self.recorder = RoutingRecorder(routers)
@@ -155,10 +152,7 @@ class Objective:
         return Terms(values, total)
 
     def _locality(
-        self,
-        routings: Sequence[Routing],
-        labels: Tensor,
-        denominator: Tensor | float | None,
+        self, routings: Sequence[Routing], labels: Tensor, denominator: Tensor | float | None
     ) -> dict[str, Tensor]:
         """Compute the terms of the routers, layers of one shape as one tensor."""
         settings, completion = self.settings, completion_positions(labels != IGNORED)

@@ -93,10 +93,7 @@ def without_experts(
 
 
 def forward(
-    model: Any,
-    layers: Sequence[ExpertsLayer],
-    tokens: int,
-    sizes: Mapping[int, int] | None = None,
+    model: Any, layers: Sequence[ExpertsLayer], tokens: int, sizes: Mapping[int, int] | None = None
 ) -> Pass:
     """
     Run *model*, on the meta device, over *tokens* tokens, at most `DIRECT`: well under a second.
