@@ -110,16 +110,50 @@ def plan_run(
     the experts in host memory and nothing else. BudgetError: it does not fit; the sentence names
     the smallest budget that does.
     """
-    fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu)
+    text = model.config.get_text_config(decoder=True)
+    hidden, depth, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    size = 2 if settings.compute_dtype == "bfloat16" else 4
+    replayed = REPLAYED_AT_ONCE * settings.max_length if settings.lambda_replay > 0 else 0
+    passes, most = tokens + replayed, max(tokens, replayed)  # both graphs live at the same time
+    # Every layer's input, and its experts' output, which is not computed again.
+    kept = (depth + len(layers)) * passes * hidden * size
+    scores = 0 if on_gpu else 3 * heads * settings.max_length * most * size
+    routed = 4 * most * top_k * hidden * size  # rows, their gradients, and what the sums gather
+    inner = max(max(part.shape[0] for part in layer.tensors) for layer in layers)
+    rows = most * (3 * hidden + 4 * inner) * 4  # of one expert, if all tokens chose it
+    matrix = max(part.shape[0] * part.shape[-1] for part in layers[0].tensors if part.is_matrix)
+    work = max(12 * most * hidden * 4 + scores, routed + rows + 2 * 4 * matrix)
+    # Of some tokens logits four times in float32, and the states that they are made of.
+    logits = 16 * min(most * vocabulary, max(vocabulary, LOGITS_AT_ONCE))
+    rank = settings.lora_rank or default_rank(top_k)
+    routers = sum(layer.num_experts * hidden for layer in layers)
+    updates = attention = 0
+    if settings.train != "router":
+        updates = sum(
+            layer.num_experts * rank * sum(part.shape)
+            for layer in layers
+            for part in layer.tensors
+            if part.is_matrix
+        )
+    if settings.train == "router+experts+attention":
+        linears = find_attention(model, layers).values()
+        attention = sum(rank * (one.in_features + one.out_features) for one in linears)
+    fixed = Memory(
+        process=CONTEXT_BYTES if on_gpu else PROCESS_BYTES,
+        backbone=backbone_bytes,
+        trained=TRAINED_BYTES * (routers + updates + attention),
+        activations=kept + work,
+        logits=logits + 2 * passes * hidden * size + (64 << 20),
+        buffers=0,
+    )
     block = max(map(buffer_bytes, layers))
     fewest = max(layer.num_experts for layer in layers)
     room, host_updates = (budget_bytes - fixed.total) // block, 0
-    movable = on_gpu and host_bytes is not None and settings.train != "router"
-    if room < _FEWEST and movable:
-        host_updates = TRAINED_BYTES * update_numbers(layers, settings, top_k)
+    if room < _FEWEST and on_gpu and host_bytes is not None and updates:
+        host_updates = TRAINED_BYTES * updates
         fixed = replace(fixed, trained=fixed.trained - host_updates)
         room = (budget_bytes - fixed.total) // block
-        assert host_bytes is not None
         host_bytes -= host_updates * processes
         if host_bytes < 0:
             raise BudgetError(
@@ -145,76 +179,6 @@ def plan_run(
     memory = Memory(**asdict(fixed) | {"buffers": buffers * chunk * block})
     store = "pinned" if pinned else "disk"
     return Plan(memory, budget_bytes, store, expert_bytes, buffers, chunk, host_updates)
-
-
-def memory_of_run(
-    model: Any,
-    layers: Sequence[ExpertsLayer],
-    backbone_bytes: int,
-    settings: FinetuneSettings,
-    tokens: int,
-    top_k: int,
-    on_gpu: bool,
-) -> Memory:
-    """Count what a run takes, without buffers; see `plan_run`."""
-    text = model.config.get_text_config(decoder=True)
-    hidden, depth = int(text.hidden_size), int(text.num_hidden_layers)
-    heads = int(getattr(text, "num_attention_heads", 1) or 1)
-    vocabulary = int(text.vocab_size)
-    size = 2 if settings.compute_dtype == "bfloat16" else 4
-    replayed = REPLAYED_AT_ONCE * settings.max_length if settings.lambda_replay > 0 else 0
-    passes = tokens + replayed  # their graphs live at the same time
-    # Every layer's input, and its experts' output, which is not computed again.
-    kept = (depth + len(layers)) * passes * hidden * size
-    most = max(tokens, replayed)
-    inner = max(max(part.shape[0] for part in layer.tensors) for layer in layers)
-    pairs = most * top_k
-    longest = settings.max_length
-    scores = 0 if on_gpu else 3 * heads * longest * most * size
-    attention = 12 * most * hidden * 4 + scores
-    routed = 4 * pairs * hidden * size  # rows, their gradients, and what the sums gather
-    rows = most * (3 * hidden + 4 * inner) * 4  # of one expert, if all tokens chose it
-    matrix = max(part.shape[0] * part.shape[-1] for part in layers[0].tensors if part.is_matrix)
-    work = max(attention, routed + rows + 2 * 4 * matrix)
-    trained = TRAINED_BYTES * trained_numbers(model, layers, settings, top_k)
-    return Memory(
-        process=CONTEXT_BYTES if on_gpu else PROCESS_BYTES,
-        backbone=backbone_bytes,
-        trained=trained,
-        activations=kept + work,
-        # Of some tokens four times in float32, and the states that they are made of.
-        logits=16 * min(most * vocabulary, max(vocabulary, LOGITS_AT_ONCE))
-        + 2 * passes * hidden * size
-        + (64 << 20),
-        buffers=0,
-    )
-
-
-def trained_numbers(
-    model: Any, layers: Sequence[ExpertsLayer], settings: FinetuneSettings, top_k: int
-) -> int:
-    """Count the numbers that a run trains."""
-    hidden = int(model.config.get_text_config(decoder=True).hidden_size)
-    numbers = sum(layer.num_experts * hidden for layer in layers)
-    if settings.train == "router":
-        return numbers
-    numbers += update_numbers(layers, settings, top_k)
-    rank = settings.lora_rank or default_rank(top_k)
-    if settings.train == "router+experts+attention":
-        for linear in find_attention(model, layers).values():
-            numbers += rank * (linear.in_features + linear.out_features)
-    return numbers
-
-
-def update_numbers(layers: Sequence[ExpertsLayer], settings: FinetuneSettings, top_k: int) -> int:
-    """Count the numbers of the experts' low-rank updates."""
-    rank = settings.lora_rank or default_rank(top_k)
-    return sum(
-        layer.num_experts * rank * sum(part.shape)
-        for layer in layers
-        for part in layer.tensors
-        if part.is_matrix
-    )
 
 
 def open_stream(
