@@ -81,11 +81,7 @@ class Counters:
         decisions: Sequence[Decision],
         on_host: Sequence[int] = (),
     ) -> None:
-        """
-        Count one request from the *decisions* that served it, in order; nothing without experts.
-        *uses* are the (token, choice) pairs of each of *experts*; the host computed those
-        *on_host*.
-        """
+        """Count one request from the *decisions* that served it, in order."""
         if len(experts):
             first, loads = decisions[0], sum(len(one.loads) for one in decisions)
             hits = _uses_of(first.hits, experts, uses) if loads or on_host else sum(uses)

@@ -51,10 +51,7 @@ def miss_curves(
     policy_options: Mapping[str, Any] | None = None,
     reset_between_sequences: bool = False,
 ) -> MissCurves:
-    """
-    The cost of every number of slots per layer under one policy; equal to simulating each.
-    Arguments and errors as in `simulate`.
-    """
+    """Count what every number of slots costs each layer; arguments and errors as in `simulate`."""
     layers, experts = trace.num_layers, trace.num_experts
     given: Any = {
         "policy_options": policy_options,

@@ -318,10 +318,7 @@ def distances(  # type: ignore[no-untyped-def]
 
 
 class Prepared:
-    """
-    A trace and a policy, by name, as the compiled loops take them. Of each pass: *phase*, uint8;
-    *tokens*, int64, its rows; *unit*, its place in *units*.
-    """
+    """A trace and a policy, by name, as the compiled loops take them; figures are by pass."""
 
     def __init__(
         self, trace: Trace, policy: str, options: Mapping[str, Any], reset_between_sequences: bool

@@ -35,18 +35,13 @@ def reuse(trace: Trace) -> np.ndarray:
 
 
 def distinct_experts(trace: Trace) -> np.ndarray:
-    """
-    Distinct experts that the completion tokens of the whole trace used, int64 (layers,). A small
-    number here is collapse; a small number per sequence is locality.
-    """
+    """Count the experts that all completion tokens used, int64 (layers,): few is collapse."""
     counts = _choices(trace, trace.kind == COMPLETION_ROW)
     return (counts > 0).sum(axis=1)
 
 
 def popularity(trace: Trace, *, prompts_only: bool = False) -> np.ndarray:
-    """
-    Choices of each expert, in prompts and completions without padding: int64 (layers, experts).
-    """
+    """Count the choices of each expert, without padding: int64 (layers, experts)."""
     return _choices(trace, trace.kind == PROMPT_ROW if prompts_only else trace.kind != PADDING_ROW)
 
 

@@ -287,9 +287,7 @@ def servable_names() -> tuple[str, ...]:
 
 
 def policy(name: str, **options: Any) -> Policy:
-    """
-    Make a policy for one layer; MelinoeError for an unknown name, or one that lacks its future.
-    """
+    """Make a policy for one layer; MelinoeError for an unknown name, or one without its future."""
     return _class_for(name, options)(**options)
 
 

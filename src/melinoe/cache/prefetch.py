@@ -158,9 +158,7 @@ class Popularity(Prefetcher):
 
 @register
 class Prefill(Prefetcher):
-    """
-    Load the experts that the prompt's own tokens chose, the most used first, then the lower id.
-    """
+    """Load the experts that the prompt's own tokens chose, the most used first."""
 
     name = "prefill"
 

@@ -275,9 +275,7 @@ def _compiled(
 
 
 def check_prompts(trace: Trace, prompts: Sequence[Sequence[int]]) -> None:
-    """
-    Check prompts against a trace: TraceError unless one per sequence, each as long as its rows.
-    """
+    """Check that there is a prompt for each sequence of a trace, as long as its rows."""
     way_out = "give the prompts that it was recorded from, in their order"
     if len(prompts) != trace.num_sequences:
         raise TraceError(

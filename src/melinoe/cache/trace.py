@@ -142,9 +142,7 @@ class Trace:
             yield ForwardPass(phase, slice(begin, end), sequences, requests)
 
     def units(self) -> list[tuple[int, ...]]:
-        """
-        Group sequences that share forward passes, and so loads, in the order in which they begin.
-        """
+        """Group sequences that share forward passes, and so loads, as they begin."""
         rows = np.stack([self.forward, self.sequence], axis=1)
         changes = np.flatnonzero(np.any(np.diff(rows, axis=0, prepend=rows[:1] - 1), axis=1))
         group: dict[int, list[int]] = {}  # of each sequence, in the order of first rows
@@ -180,9 +178,7 @@ class Trace:
         return self.experts[(self.sequence == sequence) & (self.kind == COMPLETION_ROW)]
 
     def select(self, sequences: Iterable[int]) -> "Trace":
-        """
-        Keep only some sequences, in their order, numbered anew; ValueError for one without rows.
-        """
+        """Keep only some sequences, numbered anew; ValueError for one without rows."""
         wanted = np.unique(np.fromiter(sequences, dtype=np.int32))
         absent = np.setdiff1d(wanted, self.sequence)
         if absent.size:

@@ -208,10 +208,7 @@ def _name_it(model: Any, checkpoint: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def _loading_quietly() -> Iterator[None]:
-    """
-    Let transformers read each tensor when its turn comes, and say nothing about it. By default it
-    reads ahead in threads, and so holds the experts that it stacks twice.
-    """
+    """Let transformers read each tensor when its turn comes, for else it holds experts twice."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -88,10 +88,7 @@ class PackedPlace:
             plain.copy_(matrix.T if self.transposed else matrix)
 
     def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """
-        Read one matrix, by its *index*, as parts of a block. *into* has contiguous CPU tensors as
-        `PackedFormat.matrix_parts` lists them.
-        """
+        """Read one matrix into the contiguous CPU tensors of a block's parts."""
         if self._fill is not None:
             self._fill(self, into, index)
             return
@@ -389,10 +386,7 @@ _METHODS: dict[str, Callable[[Settings], list[_Rule]]] = {
 
 
 def find_packing(config: Settings) -> tuple[str, Settings] | None:
-    """
-    Find the quantisation that a raw config, or any part of it, declares. Returns its
-    ``quant_method`` and all its settings; None if there is none.
-    """
+    """Find the ``quant_method`` and settings that a raw config, or a part of it, declares."""
     for key in PACKING_KEYS:
         if settings := config.get(key):
             method = settings.get("quant_method") if isinstance(settings, Mapping) else None
@@ -402,10 +396,7 @@ def find_packing(config: Settings) -> tuple[str, Settings] | None:
 
 
 def check_packing(config: Settings, name: str) -> list[_Rule]:
-    """
-    Look up the rules by which a raw config's weights are packed; none where they are plain.
-    CheckpointError: the method is unknown, or its settings are malformed or not supported.
-    """
+    """Look up the rules by which weights are packed; CheckpointError: none that are read here."""
     packing = find_packing(config)
     if packing is None:
         return []

@@ -250,9 +250,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def check_same(stamps: Mapping[Path, Stamp]) -> None:
-    """
-    Raise a CheckpointError if a file that will be read again was changed, replaced or removed.
-    """
+    """Raise a CheckpointError if a file that will be read again was changed or removed."""
     for path, then in stamps.items():
         if (_stamp_at(path) or ())[:4] != then[:4]:
             raise _changed(path)

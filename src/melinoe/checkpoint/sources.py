@@ -344,8 +344,7 @@ class ExpertSource:
 
     def read(self, expert: int, into: Mapping[str, Tensor]) -> None:
         """
-        Read one expert straight from the shards; decode it if it is packed. *into* is by parameter
-        name, shaped without its leading E; converted where types or devices differ.
+        Read one expert as plain weights, by parameter name, into tensors of any type or device.
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert {expert} of a layer with {self.num_experts}")

@@ -51,10 +51,7 @@ def copy_tokenizer(name: str, directory: Path) -> None:
 
 
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
-    """
-    Refuse, with a TokenizerError, a tokenizer that can give an id the model has no embedding for. A
-    smaller vocabulary passes: embeddings are often padded to a round number.
-    """
+    """Refuse a tokenizer that can give an id that the model has no embedding for."""
     text = config.get_text_config()
     if (rows := getattr(text, "vocab_size", None)) is None:
         return

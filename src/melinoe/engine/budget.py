@@ -61,9 +61,7 @@ def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
 
 
 def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> tuple[int, ...]:
-    """
-    Slots of each layer; one number for all is cut to a layer's experts. BudgetError if impossible.
-    """
+    """Slots of each layer, one number cut to a layer's experts; BudgetError if impossible."""
     most = [layer.num_experts for layer in layers]
     if isinstance(slots, int):
         if not 1 <= slots <= max(most):
@@ -284,10 +282,7 @@ def watched(known: Iterable[Tensor]) -> Iterator[Live]:
 
 
 def cap_memory(total: int, device: torch.device) -> Callable[[], None]:
-    """
-    Limit what the allocator takes on a GPU, in the whole process, to *total* bytes; returns the
-    undo. A request for more fails with `torch.OutOfMemoryError`, and the next one works.
-    """
+    """Limit what a GPU's allocator takes in the process to *total* bytes; returns the undo."""
     before: list[float] = []
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -31,9 +31,7 @@ class Guard:
             self._kept[name] = kept.dtype, _writes(kept)
 
     def check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
-        """
-        Refuse gradients, traces and transforms, and a model that was moved, cast or changed since.
-        """
+        """Refuse gradients, transforms, and a model that was moved, cast or changed since."""
         if hidden_states.requires_grad or top_k_weights.requires_grad:
             raise AttachError(
                 "offloaded experts have no gradient; run the model under torch.no_grad(), or "
@@ -88,11 +86,7 @@ def _other_way(tensor: Tensor) -> str | None:
 
 
 def stream_order(device: torch.device) -> Callable[[], None]:
-    """
-    Make what is called before each call, so that it begins on the device after the call before it.
-    Without, a call on a second CUDA stream would load into a slot that the first still computes
-    with.
-    """
+    """Make a check that lets a call on another CUDA stream wait for the call before it."""
     last: Any = None
 
     def follow() -> None:

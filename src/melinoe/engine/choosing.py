@@ -21,10 +21,7 @@ _log = logging.getLogger("melinoe")
 
 
 class Choosing:
-    """
-    Changes the choices of decoding tokens (`melinoe.moe.choice`), before they are counted and
-    computed. UnsupportedModelError for a layer without a router whose logits can be seen.
-    """
+    """Changes the choices of decoding tokens, before they are counted and computed."""
 
     def __init__(
         self,

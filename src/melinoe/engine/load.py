@@ -323,9 +323,7 @@ def _share_out(
 def _stored(
     layers: Sequence[ExpertsLayer], options: Options, own: Sequence[ExpertFormat]
 ) -> list[ExpertsLayer]:
-    """
-    Give *layers*, whose experts have the formats *own* now, in the format they are to be stored in.
-    """
+    """Give *layers*, whose experts are *own* now, in the format that they are to be stored in."""
     formats = list(own)
     if options.format is not None:
         asked = named_format(options.format)
@@ -377,11 +375,7 @@ def _check_store(
     store: Store,
     last_of: Callable[[ExpertsLayer], Mapping[str, Tensor] | None],
 ) -> None:
-    """
-    Refuse a store that cannot be read, or holds other experts than *layers*. Of each layer the last
-    expert's bits are compared with *last_of* (None if only the store has it): the model's own
-    weights are given up for the store's.
-    """
+    """Refuse a store that cannot be read, or whose last experts are not *last_of* the layers."""
     if getattr(store, "closed", False):
         raise AttachError(
             "the store is closed, because the handle that it was opened for was detached; load "

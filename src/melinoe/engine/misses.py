@@ -90,10 +90,7 @@ class HostExperts:
     def compute(
         self, hidden: Tensor, place: np.ndarray, experts: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
-        """
-        Compute unweighted outputs, ``(pairs, hidden)``, of rows of *hidden*, on the host. *place*
-        is the row of each pair, expert after expert; *counts* the pairs of each.
-        """
+        """Compute ``(pairs, hidden)``, *counts* of each expert, of rows *place* of *hidden*."""
         parts = []
         for expert, rows in zip(experts, torch.from_numpy(place).split(list(counts)), strict=True):
             own = hidden[rows]

@@ -301,10 +301,7 @@ def _stand_before(model: nn.Module, name: str, function: Callable[..., Any]) -> 
 
 
 def rows_of(call: Batch | None, phase: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Sequence and kind of each row of a pass of *tokens* rows within *call*, if there is one. int32
-    (tokens,), the batch's row that each belongs to; uint8 (tokens,), its kind as in a trace.
-    """
+    """Find the batch's row of each row of a pass, int32, and its kind as in a trace, uint8."""
     kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
     rows = np.zeros(tokens, dtype=np.int32)
     # Some models compute other tokens than they are given (images); then rows stay unassigned.

@@ -16,9 +16,7 @@ from melinoe.errors import AttachError, TraceError
 
 
 class Recorder:
-    """
-    Collects one row per token of each forward pass; a sequence for each row that begins a prompt.
-    """
+    """Collects one row per token of each pass; a sequence for each row that begins a prompt."""
 
     def __init__(
         self, num_experts: Sequence[int], model: str = "", fingerprint: str = "", note: str = ""
@@ -48,9 +46,7 @@ class Recorder:
             self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
 
     def end(self) -> None:
-        """
-        Bring the pass to the host; TraceError if its layers computed different numbers of tokens.
-        """
+        """Bring the pass to the host; TraceError if layers computed other numbers of tokens."""
         if self._now is None:
             return  # recording began in the middle of it
         (sequences, kinds), self._now = self._now, None

@@ -94,10 +94,7 @@ class Transfer:
     def issue(
         self, layer: int, loads: Sequence[Load], slots: SlotViews, *, stalls: bool = False
     ) -> Any:
-        """
-        Begin to copy experts into slots; returns a ticket for `wait`, None if they are there.
-        *stalls*: a pass waits for it, so that the time this takes belongs to `stall_s`.
-        """
+        """Begin to copy experts into slots; returns a ticket for `wait`, None if they are there."""
         begin, arrival = time.perf_counter(), None
         nbytes = self.store.block_bytes(layer)
         for load in loads:
@@ -131,10 +128,7 @@ class Transfer:
         """Forget what was read ahead for *layer* and is not asked for."""
 
     def carry_activations(self, nbytes: int) -> None:
-        """
-        Count activations on their way to the host or back; over an emulated link, also wait. They
-        do not queue behind weights: a link carries both ways at once.
-        """
+        """Count activations on their way; an emulated link carries both ways at once."""
         self.activation_bytes += nbytes
         if self._link is not None:
             _sleep_until(time.perf_counter() + self._link.takes_s(nbytes))

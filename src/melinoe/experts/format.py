@@ -66,24 +66,15 @@ class ExpertFormat(ABC):
 
     @abstractmethod
     def parts(self, tensors: Sequence[Part]) -> tuple[Part, ...]:
-        """
-        List the parts of one expert's block, in order; *tensors* are as its module has them.
-        UnsupportedModelError: the format cannot hold a tensor of this shape.
-        """
+        """List the parts of an expert's block; UnsupportedModelError: a shape it cannot hold."""
 
     @abstractmethod
     def encode(self, tensors: Sequence[Part], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """
-        Make the parts of one expert, by name, of *weights* on the CPU, shaped as in *tensors*, of
-        any floating type. AttachError: a weight that the format cannot hold, as infinity.
-        """
+        """Make the parts of one expert on the CPU; AttachError: a weight it cannot hold."""
 
     @abstractmethod
     def decode(self, tensors: Sequence[Part], block: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """
-        Compute the weights that a block means, shaped as in *tensors*: matrices in float32, biases
-        as they are.
-        """
+        """Compute the weights that a block means: matrices in float32, biases as they are."""
 
     def block_bytes(self, tensors: Sequence[Part]) -> int:
         """Bytes of one expert's block, without padding between its parts."""

@@ -71,10 +71,7 @@ class Int4(PackedFormat):
         }
 
     def encode_matrix(self, weights: Tensor) -> dict[str, Tensor]:
-        """
-        Choose for each group the scale and shift of the least squared error that is found.
-        AttachError: a weight that is not finite, or above 25,000.
-        """
+        """Choose each group's scale and shift of the least squared error that is found."""
         rows, columns = weights.shape
         groups = weights.view(rows, -1, groups_of(columns, self.group)).numpy()
         if not np.abs(groups).max() < _LARGEST:

@@ -63,10 +63,7 @@ class PackedMatrix:
     def multiply(
         self, parts: Mapping[str, Tensor], inputs: Tensor, rows: np.ndarray, slots: np.ndarray
     ) -> Tensor:
-        """
-        Multiply each pair of a row of float32 *inputs* and a slot: ``(pairs, outputs)``, float32.
-        Pairs of one slot should follow each other.
-        """
+        """Multiply pairs of a float32 row and a slot, slot by slot: ``(pairs, outputs)``."""
         outputs, columns = self.shape
         prepare, multiply, _ = compiled(self._arithmetic, False)
         ordered, sums = prepare(inputs.numpy())

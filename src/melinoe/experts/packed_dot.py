@@ -169,10 +169,7 @@ def _join(b: Any, vectors: list[Any]) -> Any:
 
 
 def _from_bytes(b: Any, table: tuple[float, ...], pointer: Any) -> list[Any]:
-    """
-    Look 32 codes up as the upper two bytes of float32 numbers, and put those together. Processors
-    with registers of 32 bytes permute bytes within each half, and interleave so too.
-    """
+    """Look 32 codes up as the upper two bytes of float32 numbers, and put those together."""
     pair = _load(b, _I64, 2, pointer)
     both = b.lshr(_shuffle(b, pair, pair, [0, 1, 0, 1]), _vector(_I64, [0, 0, 4, 4], 0))
     index = b.and_(b.bitcast(both, ir.VectorType(_I8, 32)), _vector(_I8, 15, 32))

@@ -113,10 +113,7 @@ class Adapter:
 
 
 def adapter_of(parts: TrainedParts) -> Adapter:
-    """
-    Copy what is being trained, gathered from all processes where it is sharded. Collective under
-    FSDP2: every process must call it, and gets all of it.
-    """
+    """Copy what is being trained, gathered where it is sharded: every process must call."""
     updates, factors = parts.updates, dict[str, Factors]()
     for site in () if updates is None else updates.sites:
         one = updates.of(site)  # type: ignore[union-attr]
@@ -133,10 +130,7 @@ def adapter_of(parts: TrainedParts) -> Adapter:
 def write_adapter(
     adapter: Adapter, directory: str | Path, base: str, *, generates: bool = True
 ) -> None:
-    """
-    Write an adapter's two files into an existing directory; *base* is an absolute path, or a name
-    on the hub. A model that *generates* text is of another class to PEFT.
-    """
+    """Write an adapter's two files; *base* is an absolute path, or a name on the hub."""
     # Slow to import; its own config class knows what its next version wants to read.
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -172,10 +166,7 @@ def write_adapter(
 
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:
-    """
-    Read ``adapter_config.json``; CheckpointError: no adapter, or one that is no LoRA, or that
-    changes more than projections and routers.
-    """
+    """Read ``adapter_config.json``; CheckpointError: no LoRA, or one that changes more."""
     path = Path(directory).expanduser()
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise CheckpointError(

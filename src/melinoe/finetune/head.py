@@ -18,9 +18,7 @@ def model_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
 
 
 def logits_of(model: nn.Module, outputs: Any) -> Tensor:
-    """
-    Return the next-token logits ``(batch, tokens, vocabulary)``; UnsupportedModelError without.
-    """
+    """Return the logits ``(batch, tokens, vocabulary)``; UnsupportedModelError without."""
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     if logits is None:
         raise UnsupportedModelError(
@@ -43,10 +41,7 @@ class Pass(NamedTuple):
 
 
 def run_to_head(model: nn.Module, batch: dict[str, Any]) -> Pass:
-    """
-    Run the model on a batch without making the logits of all its tokens. The model's own code makes
-    logits: it is called again with states in the place of its body's.
-    """
+    """Run the model without all tokens' logits: called again, with states, its code makes them."""
     whole: Any = getattr(model, "module", model)  # as wrapped for distributed training
     body = getattr(whole, "base_model", whole)
     found: list[Any] = []

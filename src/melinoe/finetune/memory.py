@@ -184,10 +184,7 @@ def plan_run(
 def open_stream(
     checkpoint: Checkpoint, model: Any, plan: Plan, device: torch.device, local_rank: int = 0
 ) -> ExpertStream:
-    """
-    Put a checkpoint's experts into the planned store, and make the stream that reads them. The
-    stream reads *checkpoint* as long as it is used. All processes of a machine must call.
-    """
+    """Put a checkpoint's experts into the planned store, and make the stream that reads them."""
     layers = stored_layers(checkpoint, model)
     store: Any = DiskStore(checkpoint, layers)
     if plan.store == "pinned":

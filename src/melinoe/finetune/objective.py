@@ -131,10 +131,7 @@ class Objective:
         denominator: Tensor | float | None = None,
         more: dict[str, Tensor] | None = None,
     ) -> Terms:
-        """
-        Combine a batch's mean next-token loss *nll* with the locality terms of *routings*, which
-        its layers recorded, and *more* terms; *labels* are int64 ``(batch, tokens)``.
-        """
+        """Combine a batch's mean next-token loss with its layers' locality terms, and *more*."""
         settings = self.settings
         locality = self._locality(routings, labels, denominator)
         values = {"nll": nll, **locality, **(more or {})}

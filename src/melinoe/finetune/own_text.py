@@ -34,10 +34,7 @@ def write_own_text(
     arguments: TrainingArguments,
     data: Sequence[Encoded],
 ) -> list[Encoded]:
-    """
-    Write `own_text` as *settings* ask for it, as long as the longest of *data*; alike everywhere.
-    TrainingError: the model is to be sharded, so no device holds it whole.
-    """
+    """Write `own_text` as *settings* ask for it, as long as the longest of *data*."""
     if is_sharded(arguments):
         raise TrainingError(
             "a sharded model cannot write its own anchor text before it is sharded; give a file of "

@@ -144,10 +144,7 @@ class LowRankUpdates:
 
 @dataclass
 class TrainedParts:
-    """
-    The trained parameters of a model by full name: *router*, of *routers*, and *lora*, of
-    *updates*.
-    """
+    """The trained parameters of a model by full name, of routers and of updates."""
 
     router: dict[str, nn.Parameter]
     lora: dict[str, nn.Parameter]

@@ -37,10 +37,7 @@ _LARGE_BYTES = 1 << 30
 
 
 class ReadyModel:
-    """
-    A model, changed in place to what its training needs; it can be made plain again. *stream*
-    computes the experts, where their weights are in a store.
-    """
+    """A model, changed in place to what its training needs; it can be made plain again."""
 
     def __init__(
         self,

@@ -152,10 +152,7 @@ def identity(settings: FinetuneSettings, **facts: str | int | None) -> dict[str,
 def check_same_run(
     path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], way_out: str
 ) -> None:
-    """
-    Refuse what is left of another run in *path*; what its `identity` does not name is not compared.
-    The TrainingError names what differs, and another *way_out*.
-    """
+    """Refuse what is left of another run: the TrainingError names what differs."""
     if gone := gone_settings(theirs):
         named = ", ".join(f"{key} {value}" for key, value in gone.items())
         raise TrainingError(
@@ -219,10 +216,7 @@ def set_random_state(state: dict[str, str]) -> None:
 
 
 class StopRequest:
-    """
-    Notes in *asked* that the run is to end after its step (Ctrl-C, a scheduler's SIGTERM). A second
-    Ctrl-C ends the process at once; SIGTERM may come as often as it likes.
-    """
+    """Notes in *asked* that the run is to end after its step; Ctrl-C once more ends it at once."""
 
     def __init__(self) -> None:
         self.asked = False

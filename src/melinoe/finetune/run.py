@@ -317,10 +317,7 @@ def train_control(
     settings: FinetuneSettings,
     **options: Any,
 ) -> Path:
-    """
-    Train the control of the run *out*, in ``<out>.control``, and give that directory: an adapter.
-    Args are `finetune`'s for the run itself. TrainingError: also where it has no locality terms.
-    """
+    """Train the control of the run *out*, as `finetune` would, to an adapter beside it."""
     if settings.is_control:
         raise TrainingError(
             "the run has no locality terms, so it is its own control; compare it with nothing"
@@ -342,10 +339,7 @@ def beside(out: str | Path, what: str) -> Path:
 
 
 def check_place(out: str | Path, resume: bool) -> Path:
-    """
-    Return the directory *out*, if a run may be written there, or, to *resume*, one was.
-    OutputExistsError: it is taken, or beside it are checkpoints of a run that did not end.
-    """
+    """Return the directory *out*; OutputExistsError if a run may not be written there."""
     path, checkpoints = Path(out).expanduser(), beside(out, "checkpoints")
     if not resume and list_checkpoints(checkpoints):
         raise OutputExistsError(

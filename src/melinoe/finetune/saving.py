@@ -116,8 +116,7 @@ def merge_adapter(
 
 def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """
-    Take the path in PEFT's file, if there still is something; else what the run was told. A path
-    that leads nowhere is looked for beside the adapter, where both were moved together.
+    Find the base by PEFT's path, also if moved beside the adapter; else by what the run was told.
     """
     if path := config.get("base_model_name_or_path"):
         here = Path(adapter).expanduser().absolute()

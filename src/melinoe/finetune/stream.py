@@ -144,10 +144,7 @@ class ExpertStream:
         return output  # type: ignore[no-any-return]
 
     def checkpoint_contexts(self) -> tuple[Any, Any]:
-        """
-        Give the two contexts of one checkpointed layer, for torch's ``context_fn``. The output of
-        each experts module is kept, so that recomputing reads no expert.
-        """
+        """Give a checkpointed layer's contexts: experts' outputs are kept."""
         outputs: list[Tensor] = []
         return _Kept(self, outputs, again=False), _Kept(self, outputs, again=True)
 

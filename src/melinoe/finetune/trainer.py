@@ -345,10 +345,7 @@ class LocalityTrainer(Trainer, TrainerCallback):
 
 
 def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
-    """
-    Make the Trainer's arguments, but for `set_steps`. That joins the other processes of the run.
-    DependencyError: a tracker that is not installed.
-    """
+    """Make the Trainer's arguments, but for `set_steps`; joins the other processes."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     trackers = list(settings.report_to or ())

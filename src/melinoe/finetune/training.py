@@ -194,10 +194,7 @@ def with_compute_dtype(settings: FinetuneSettings, stored: torch.dtype) -> Finet
 
 
 def _freeze_unreached(model: Any, parts: TrainedParts) -> None:
-    """
-    Leave out trained parameters that no gradient ever reaches, such as a bias of the choice alone.
-    Several processes wait for every parameter's gradient, or search each step's graph for them.
-    """
+    """Leave out parameters that no gradient reaches, which several processes wait for."""
     few = torch.arange(1, 6, device=model.get_input_embeddings().weight.device)[None]
     with torch.enable_grad():
         logits = logits_of(model, model_outputs(model, {"input_ids": few}))

@@ -45,10 +45,7 @@ def filtered(choices: Tensor, gamma: float, *, chunk: int = _CHUNK) -> Tensor:
 
 
 def choices_of(top_k_index: Tensor, num_experts: int) -> Tensor:
-    """
-    Mark what ran by zeros and ones: float32 ``(..., num_experts)`` from ids ``(..., top_k)``. Ids
-    outside ``[0, num_experts)`` mean "no expert" (skip slots) and leave no mark.
-    """
+    """Mark what ran by zeros and ones; ids outside ``[0, num_experts)`` leave no mark."""
     valid = (top_k_index >= 0) & (top_k_index < num_experts)
     hard = torch.zeros(*top_k_index.shape[:-1], num_experts + 1, device=top_k_index.device)
     hard.scatter_(-1, torch.where(valid, top_k_index, num_experts), 1.0)

@@ -5,10 +5,7 @@ from torch import Tensor
 
 
 def completion_positions(completion_mask: Tensor) -> Tensor:
-    """
-    Return the flat positions, int64, of the tokens that count, from a mask ``(batch, tokens)``.
-    Every loss takes either. Positions made once for all of them save a wait for the device each.
-    """
+    """Return the flat positions of the tokens that count; once made, for all losses."""
     return completion_mask.flatten().nonzero().squeeze(-1)
 
 

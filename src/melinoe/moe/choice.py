@@ -171,9 +171,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Weighting(NamedTuple):
-    """
-    The rule by which one router makes weights of logits: scale f(logit), over their sum or not.
-    """
+    """The rule by which a router makes weights of logits: scale f(logit), over their sum or not."""
 
     function: str
     normalised: bool

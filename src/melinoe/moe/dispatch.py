@@ -144,10 +144,7 @@ def _melinoe(
 
 
 def refuse_one_graph() -> bool:
-    """
-    Raise where a compiler may leave nothing out of its graph: fullgraph=True, torch.export. Dynamo
-    calls it while it traces its caller, and would put its own words around any other error.
-    """
+    """Raise, while dynamo traces the caller, where nothing may be left out of its graph."""
     from torch._dynamo.exc import Unsupported  # slow to import
     from torch._dynamo.symbolic_convert import InstructionTranslator
 

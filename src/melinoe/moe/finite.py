@@ -39,10 +39,7 @@ GREEDY: dict[str, Any] = {
 
 
 def are_finite(logits: Tensor) -> bool:
-    """
-    Tell whether the largest of each row of *logits* ``(..., vocabulary)`` is finite. Single logits
-    may be -inf: masked tokens and padding of the vocabulary are.
-    """
+    """Tell whether the largest of each row of *logits* is finite; masked ones may be -inf."""
     return bool(logits.amax(-1).isfinite().all())
 
 
@@ -67,10 +64,7 @@ def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
 
 
 def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelError:
-    """
-    Make the error that says why *what* is not finite: the first module that made it so. *inputs*
-    are those of the call that gave it: the model is called with them once more.
-    """
+    """Make the error that says which module made *what* not finite, from one more call."""
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -41,10 +41,7 @@ def grouped_experts(
 
 
 class Choices(NamedTuple):
-    """
-    The (token, choice) pairs of a pass, sorted by expert. A pair without an expert has a
-    neighbour's, and weight 0: no row stays unwritten.
-    """
+    """The pairs of a pass, sorted by expert; one without has a neighbour's, and weight 0."""
 
     order: Tensor  # int64 (pairs,): numbers of the pairs, token by token, in sorted order
     experts: Tensor  # int64 (pairs,), ascending

@@ -86,10 +86,7 @@ def _router_of(model: nn.Module, index: int, experts_name: str, experts: nn.Modu
 
 
 def router_logits(output: Any) -> Tensor:
-    """
-    Take the logits from what a router returns, ``(tokens, num_logits)``. They come first, as a
-    rule; a few families of transformers 5.17 return the choice first.
-    """
+    """Take the logits from what a router returns: first, as a rule, ``(tokens, num_logits)``."""
     logits = output if isinstance(output, Tensor) else output[0]
     if not logits.is_floating_point():
         logits = max((one for one in output if one.is_floating_point()), key=lambda o: o.shape[-1])

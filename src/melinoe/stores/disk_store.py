@@ -49,10 +49,7 @@ class DiskStore(Store):
                 )  # fmt: skip
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
-        """
-        Read one expert into *into*; straight there on the CPU, else through a block in host memory.
-        CheckpointError: a shard was changed since it was opened, or the disk fails.
-        """
+        """Read one expert; CheckpointError: a shard was changed, or the disk fails."""
         source, stored = self._checkpoint.experts[layer], self.format(layer)
         devices = {part.device.type for part in into.values()}
         if stored.exact or devices == {"cpu"}:

@@ -23,10 +23,7 @@ _ALIGNMENT = 64
 
 
 class RamStore(Store):
-    """
-    All experts in pageable host memory; BudgetError if the host does not have it. Made with room
-    for *layers* and no contents: fill it through `views`, or by `from_modules`.
-    """
+    """All experts in pageable host memory, filled through `views`, or by `from_modules`."""
 
     kind = "ram"
 

@@ -49,10 +49,7 @@ class Store:
 
 
 def empty_blocks(parts: Sequence[Part], count: int) -> dict[str, Tensor]:
-    """
-    Host memory for *count* experts, by part; its contents are arbitrary. It begins with a page, so
-    that whole blocks of a file can be read straight into it.
-    """
+    """Host memory for *count* experts, by part, each from a page on, to be read into."""
     found = {}
     for part in parts:
         nbytes = count * part.nbytes

@@ -70,10 +70,7 @@ def _mend_after_failed_capture(device: int, pool: Any) -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """
-    Stop Python's garbage collection in the body, as ``torch.cuda.graph`` does. To release
-    page-locked memory waits for the device: an error while a stream is captured.
-    """
+    """Collect no garbage in the body: to release page-locked memory waits for the device."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -181,9 +178,7 @@ def _is_plain(value: Any) -> bool:
 @contextmanager
 def waits(device: torch.device) -> Iterator[list[str]]:
     """
-    List the calls in the body that make the host wait for a GPU, as ``file.py:line``, once it has
-    ended. PyTorch's sync debug mode does not see every wait, so such a step may still fail to be
-    captured.
+    List, after the body, the calls that made the host wait, as ``file.py:line``; not every one.
     """
     found: list[str] = []
     if device.type != "cuda":

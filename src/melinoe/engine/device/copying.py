@@ -57,8 +57,7 @@ def _copy(
 
 class Loader:
     """
-    Loads experts of one layer into slots or a staging block, by part ``(num_slots, ...)``; *where*:
-    `addresses` of the layer; *programs*: how many copy at once.
+    Loads experts of one layer into slots or a staging block; *where*: `addresses` of the layer.
     """
 
     def __init__(
@@ -94,10 +93,7 @@ class Loader:
         ]
 
     def load_listed(self, experts: Tensor, slots: Tensor, count: Tensor) -> None:
-        """
-        Load the experts that int32 lists on the device name, in the order of the current stream;
-        *count*, one element, says how many hold.
-        """
+        """Load what int32 lists on the device name, as many as *count*, one element, says."""
         _copy[(self.programs,)](
             self._where, self._chunks, experts, slots, count, self._chunks.shape[0],
             WORD=_WORDS[self.word_bytes], WORDS=self._words, VECTOR=self.vector,

@@ -78,10 +78,7 @@ class DeviceExperts:
         return self._num_slots * self.layer.block_bytes
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """
-        Compute the layer's experts, shapes as for `melinoe.moe.dispatch.bind`. AttachError: as
-        `Guard.check`, or a CUDA graph captures a pass that the host must decide.
-        """
+        """Compute the layer's experts; AttachError where a graph captures the host's pass."""
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
@@ -189,9 +186,7 @@ class DeviceExperts:
     def _stream(
         self, residency: Residency, experts: list[int], uses: np.ndarray, pairs: Pairs, flat: Tensor
     ) -> None:
-        """
-        Compute a prompt in rounds, the residents first; while one is computed, the next is copied.
-        """
+        """Compute a prompt in rounds; while one is computed, the next is copied."""
         rule, counts = _KEEP if self._passes.paged else self._prefill, uses[experts].tolist()
         stream = rule.serve(residency, experts, counts)
         self._passes.counters.add_stream(self._index, experts, counts, stream)

@@ -306,10 +306,7 @@ _MODES = ("training", "_disable_adapters", "_active_adapter", "merged_adapters",
 
 
 def fingerprint(model: nn.Module) -> int:
-    """
-    Hash what a captured step relies on: where weights lie, hooks, adapters, the attention's
-    implementation. It takes about a millisecond, so it is asked once a generation.
-    """
+    """Hash what a captured step relies on: where weights lie, hooks, adapters, attention."""
     config: Any = getattr(model, "config", None)
     texts = [config, config.get_text_config(decoder=True)] if config is not None else []
     parts: list[Any] = [getattr(one, "_attn_implementation", None) for one in texts]

@@ -228,10 +228,7 @@ def _combine(pair_ptr, weight_ptr, out_ptr, choices, hidden, BLOCK: tl.constexpr
 
 
 class KernelExperts:
-    """
-    An experts function over slots of blocks, in any format, called as transformers' own are. It
-    multiplies in the module's type and adds in float32; a CUDA graph can hold it.
-    """
+    """An experts function over slots of any format; a CUDA graph can hold it."""
 
     def __init__(self, layer: ExpertsLayer) -> None:
         self._format = layer.format
@@ -247,10 +244,7 @@ class KernelExperts:
     def __call__(
         self, module: Any, hidden_states: Tensor, slot_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """
-        Compute all pairs of a request: ``(tokens, hidden)``; every entry of *slot_index*, int64
-        ``(tokens, top_k)``, is a slot of *module*, which has its own activation.
-        """
+        """Compute all pairs of a request: ``(tokens, hidden)``; every index is a slot."""
         top_k = slot_index.shape[1]
         slots = slot_index.reshape(-1).contiguous()
         few = slots.numel() <= FEW_PAIRS

@@ -73,10 +73,7 @@ class CacheKinds:
         self._seen = weakref.WeakKeyDictionary()
 
     def of(self, cache: StaticCache) -> tuple[int, tuple[bool, ...]]:
-        """
-        The kind of *cache* now: its number, and which of its layers' windows are full. Asked in
-        every step, so a cache is described anew only if a value is another object.
-        """
+        """The kind of *cache* now: its number, and which of its layers' windows are full."""
         layers = list(map(vars, cache.layers))
         values = [v for own in layers for name, _, v in _parts(own) if name != _COUNT]
         number, known = self._seen.get(cache, (-1, []))
@@ -104,9 +101,7 @@ def set_counts(cache: StaticCache, values: list[int | None], more: int = 0) -> N
 
 @contextmanager
 def uncounted(cache: StaticCache) -> Iterator[None]:
-    """
-    Forbid in the body to ask a layer that counts in Python for its length: a graph would keep it.
-    """
+    """Forbid in the body to ask a layer for a length that a graph would keep."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the model asks its cache for a number of tokens within a step")
@@ -123,10 +118,7 @@ def uncounted(cache: StaticCache) -> Iterator[None]:
 
 
 class KeptCache:
-    """
-    Gives ``generate`` the memory of its last static cache again, for captured steps know no other.
-    While that cache is alive there is new memory, and *renewed* is called.
-    """
+    """Gives ``generate`` its last static cache's memory again, while nobody else holds it."""
 
     def __init__(self, renewed: Callable[[], None]) -> None:
         self._renewed = renewed
@@ -165,8 +157,7 @@ class KeptCache:
 
 def _empty_for(used: Any, fresh: Any) -> bool:
     """
-    Empty a used layer, and tell whether it can stand for a fresh one; if not, it is of no use. Both
-    must have been made with the same settings, and inside or outside inference mode alike.
+    Empty a used layer, and tell whether it can stand for a fresh one; if not, it is of no use.
     """
     inference = torch.is_inference_mode_enabled()
     held = tensors(used)

@@ -16,8 +16,7 @@ _TRITON = (3, 6)
 
 def why_not(device: torch.device) -> str | None:
     """
-    Say why the device engine cannot run on *device*; None if it can. A CPU will do only where
-    Triton interprets its kernels (``TRITON_INTERPRET=1``), for tests.
+    Say why the device engine cannot run on *device*; None if it can. A CPU interprets, for tests.
     """
     try:
         found = version("triton")
