@@ -40,12 +40,10 @@ class Handle:
 
     Attributes:
         slots, slots_by_layer: Slots per layer, the most where layers differ; and of each layer.
-        policy, store, link: Name of the cache policy; where the other experts are; the emulated
-            link.
-        misses: What is done about a miss, and the figures that decide it.
-        layers, device, engine: The MoE layers; where the slots are; who decides what is loaded.
-        budget: Of the GPU's memory, kept until `detach`; None if none was given.
-        placement: One line: what was chosen to serve the model, and why.
+        policy, store, link: The cache policy's name; where other experts are; the emulated link.
+        misses, engine: What is done about a miss, with its figures; who decides what is loaded.
+        layers, device: The MoE layers; where the slots are.
+        budget, placement: Of the GPU's memory, until `detach`; what was chosen, and why.
         lock: Held by the thread whose call of the model runs, for whoever makes several as one.
     """
 

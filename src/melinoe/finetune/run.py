@@ -94,28 +94,22 @@ def finetune(
     terms. With ``settings.plain()`` it trains on next tokens alone.
 
     Args:
-        model_path: Checkpoint directory or hub name.
-        data: Examples, or what `load_examples` takes.
+        data, eval_examples: Examples, the first also as `load_examples` takes them; the latter are
+            held out, and measured before and after.
         out: Directory to write; must not exist, or be empty.
-        settings: Everything that decides the run.
-        eval_examples: Held-out examples, measured before and after.
         anchor_examples: Text of other kinds to replay, where ``settings.lambda_replay`` is above 0.
             Absent or ``"own"``: the base model writes it, ``settings.own_texts`` of them.
-        progress: Called with each log row; ``steps`` in it is the number of steps to come to.
-        callbacks: Of transformers' kind, run beside Melinoe's own.
+        progress, callbacks: Called with each log row and the ``steps`` to come to; of transformers.
         resume: Go on from the newest whole checkpoint in ``<out>.checkpoints``, if there is one. A
             result that was written already is read.
-        gpu_memory: What the run may take of the GPU, as in ``8GiB``: its experts then wait in
-            pinned host memory, or on disk, and pass through. See docs/finetuning.md.
-        ram: Likewise of the host: for the experts beside a GPU; without one, for all of the run,
-            whose experts stay on disk.
+        gpu_memory, ram: What the run may take of the GPU, as in ``8GiB``, and of the host: its
+            experts then wait in host memory, or on disk, and pass through. See docs/finetuning.md.
         say: Told, before a run within a budget, what it will take.
 
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
         DataError: unusable data.
-        CheckpointError, TokenizerError: *model_path* cannot be read, or its files were changed
-            while it trained.
+        CheckpointError, TokenizerError: the model cannot be read, or was changed meanwhile.
         UnsupportedModelError: no experts, or routers that cannot be trained.
         TrainingError: settings that do not fit the model, a checkpoint of another run, or too many
             non-finite losses.
