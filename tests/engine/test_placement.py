@@ -229,7 +229,7 @@ def test_what_only_the_fast_engine_can_do_is_refused_where_it_cannot_run(gpu, mo
     reason = "the GPU has compute capability 7.5, and 8.0 is the least that works"
     monkeypatch.setattr(placement, "why_not", lambda device: reason)
     assert choose().why[0] == reason
-    for option in ({"admit": 0}, {"graphs": True}, {"staging_experts": 2}):
+    for option in ({"graphs": True}, {"graphs": False}):
         with pytest.raises(AttachError, match=rf"7\.5.*leave {next(iter(option))} out"):
             choose(**option)
     with pytest.raises(AttachError, match=r"7\.5"):
@@ -264,7 +264,7 @@ def test_without_triton_the_reason_is_named(gpu, monkeypatch):
         ({"gpu_memory": "8GiB", "slots": 2}, "not both"),
         ({"slots": 2, "batch": 4}, "batch and context"),
         ({"batch": 4}, "the model runs on the CPU; leave them out"),
-        ({"admit": 1}, "no GPU is used; leave admit out"),
+        ({"graphs": True}, "no GPU is used; leave graphs out"),
         ({"engine": "reference", "graphs": True}, r'graphs belongs.*engine="fast"'),
         ({"engine": "fast", "miss": "cpu"}, r'miss belongs.*"reference"'),
         ({"engine": "quick"}, "no engine 'quick'"),

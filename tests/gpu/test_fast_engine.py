@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from fast_attach import attach as attach_fast
 from library_bits import LibraryBits
 from on_cuda import EXPERTS, LAYERS, PROMPT, TOP_K, generate, model
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -181,7 +182,7 @@ def test_what_a_budget_counts_is_what_is_allocated():
     )  # fmt: skip
     assert plan.slots_per_layer == EXPERTS
     full = torch.cuda.memory_allocated()
-    with melinoe.attach(network, engine="fast", slots=6, staging_experts=2) as handle:
+    with attach_fast(network, slots=6, staging_experts=2) as handle:
         counted = handle.expert_memory_bytes + handle.engine.staging.nbytes
         experts = handle.store.block_bytes(0) * EXPERTS * LAYERS
         used = torch.cuda.memory_allocated() - (full - experts)

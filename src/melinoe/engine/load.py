@@ -78,8 +78,6 @@ def load(
     format: str | None = None,
     backbone: str = "plain",
     miss: str | Misses = "wait",
-    admit: int | None = None,
-    staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
     link: EmulatedLink | None = None,
 ) -> tuple[Any, Handle]:
@@ -143,8 +141,6 @@ def attach(
     store: str | Store = "auto",
     format: str | None = None,
     miss: str | Misses = "wait",
-    admit: int | None = None,
-    staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
     link: EmulatedLink | None = None,
 ) -> Handle:
@@ -282,7 +278,7 @@ def _handle(
 
         engine = DeviceEngine(
             model, layers, store, slots, chosen.policies, device,
-            prefill=StreamedPrefill(options.admit), staging_experts=options.staging_experts,
+            prefill=StreamedPrefill(), staging_experts=STAGING_EXPERTS,
             use_graphs=device.type == "cuda" if options.graphs is None else options.graphs,
         )  # fmt: skip
     else:

@@ -83,12 +83,6 @@ class Options:
         "on a miss: wait for the expert; cpu, compute it on the host; split, both, by cost",
         choices=MISSES,
     )
-    admit: int | None = setting(
-        None, "experts of a prompt that may evict others; absent: all", unit="experts"
-    )
-    staging_experts: int = setting(
-        STAGING_EXPERTS, "experts that one of a prompt's two staging blocks holds", unit="experts"
-    )
     graphs: bool | None = setting(None, "replay decode steps from CUDA graphs; absent: on a GPU")
     link: Any = setting(None, "emulate a slow link to the slots, on the CPU")
 
@@ -121,18 +115,11 @@ class Options:
                 raise AttachError(
                     f'{name} belongs to the other engine; leave it out, or give engine="{other}"'
                 )
-        if self.staging_experts < 1:
-            raise AttachError(f"staging_experts cannot be {self.staging_experts}; give 1 or more")
 
     @property
     def needs_device(self) -> str | None:
         """The first option given that only the device engine knows; None if none is."""
-        given = {
-            "admit": self.admit is not None,
-            "staging_experts": self.staging_experts != STAGING_EXPERTS,
-            "graphs": self.graphs is not None,
-        }
-        return next((name for name, is_given in given.items() if is_given), None)
+        return None if self.graphs is None else "graphs"
 
     @property
     def needs_host(self) -> str | None:

@@ -12,7 +12,7 @@ from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy, policy_makers
 from melinoe.engine.budget import GpuBudget, memory_of, slots_by_layer, slots_for
 from melinoe.engine.device.support import why_not
-from melinoe.engine.options import Options
+from melinoe.engine.options import STAGING_EXPERTS, Options
 from melinoe.engine.transfer import read_by_threads, staging_blocks
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
 from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes, parse_bytes
@@ -219,7 +219,7 @@ def _slots(
     asked = _asked(options, layers)
     if asked is not None:
         return asked, None, "as asked"
-    staging = options.staging_experts if engine == "fast" else 0
+    staging = STAGING_EXPERTS if engine == "fast" else 0
     if device.type == "cpu" and engine != "fast":
         if options.batch is not None or options.context is not None:
             raise AttachError(

@@ -265,8 +265,6 @@ def test_steps_that_may_not_fit_are_counted_and_logged_once(model, caplog):
         ({"slots": 2, "policy": "belady"}, Exception, "belady"),
         ({"slots": 2, "policy": lambda: Static([0.0] * 8)}, AttachError, "lru or lfu"),
         ({"slots": 2, "format": "int3"}, AttachError, "int8.*int4"),
-        ({"slots": 2, "staging_experts": 0}, AttachError, "1 or more"),
-        ({"slots": 2, "admit": -1}, ValueError, "0 or more"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_moves(model, arguments, error, message):
