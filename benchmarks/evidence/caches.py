@@ -9,7 +9,7 @@ import numpy as np
 from texts import Seen
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.curves import allocate, cost_of, miss_curves
+from melinoe.cache.curves import allocate, miss_curves
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import Simulation, simulate
@@ -105,7 +105,7 @@ def allocations(seen: Seen, slots: Sequence[int]) -> list[dict[str, Any]]:
         curves = miss_curves(seen.learned_from, policy, reset_between_sequences=True)
         for size in (one for one in slots if one > least):
             budget = size * seen.judged.num_layers
-            split = allocate(cost_of(curves), budget, at_least=least)
+            split = allocate(curves[COMPLETION], budget, at_least=least)
             even, given = replay(seen, size, policy), replay(seen, split, policy)
             rows.append(
                 {

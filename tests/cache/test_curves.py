@@ -7,19 +7,19 @@ import pytest
 from cache_traces import random_trace, trace_of
 from trace_builder import TraceBuilder
 
-from melinoe.cache.curves import allocate, cost_of, miss_curves, unit_costs
+from melinoe.cache.curves import allocate, miss_curves, unit_costs
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.errors import BudgetError, MelinoeError
 
 
 def replayed(trace, policy, **settings):
-    """Loads and hits of one simulation per size, (2, layers, experts) each."""
+    """Loads of one simulation per size, (2, layers, experts)."""
     runs = [
         simulate(trace, slots, policy, engine="residency", **settings).counters
         for slots in range(1, trace.num_experts + 1)
     ]
-    return np.stack([r.loads for r in runs], -1), np.stack([r.hits for r in runs], -1)
+    return np.stack([run.loads for run in runs], -1)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static", "belady"])
@@ -36,11 +36,8 @@ def test_the_curve_equals_a_replay_for_each_size(policy, seed):
         batch=1 + seed % 2,
     )
     settings = {"reset_between_sequences": bool(seed % 3)}
-    curves = miss_curves(trace, policy, **settings)
-    loads, hits = replayed(trace, policy, **settings)
-    assert (curves.loads == loads).all()
-    assert (curves.hits == hits).all()
-    assert (curves.uses == simulate(trace, 1).counters.uses).all()
+    loads = miss_curves(trace, policy, **settings)
+    assert (loads == replayed(trace, policy, **settings)).all()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static", "belady"])
@@ -52,11 +49,9 @@ def test_where_requests_fit_nothing_is_simulated(policy, monkeypatch):
         "melinoe.cache.curves.simulate",
         lambda trace, slots, *a, **k: sizes.append(slots) or simulate(trace, slots, *a, **k),
     )
-    curves = miss_curves(trace, policy)
-    assert sizes == [1] and curves.exact_from.tolist() == [2, 2]
-    assert (np.diff(curves.loads[:, :, 1:], axis=2) <= 0).all()
-    rate = curves.miss_rate()
-    assert rate.shape == (8,) and rate[1] > rate[-1]
+    loads = miss_curves(trace, policy)
+    assert sizes == [1] and loads.shape == (2, 2, 8)
+    assert (np.diff(loads[:, :, 1:], axis=2) <= 0).all()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static", "belady"])
@@ -82,9 +77,9 @@ def test_lru_distances_worked_by_hand():
     2+1+0+1+0.
     """
     trace = trace_of([[0, 1]], [[2, -1]], [[0, -1]], [[3, -1]], [[0, 2]], num_experts=4, top_k=2)
-    curves = miss_curves(trace, "lru")
-    assert curves.loads[1, 0].tolist() == [7, 6, 4, 4]
-    assert curves.hits[1, 0].tolist()[1:] == [1, 3, 3]
+    assert miss_curves(trace, "lru")[1, 0].tolist() == [7, 6, 4, 4]
+    costs = unit_costs(trace, (2, 3, 4), "lru")
+    assert costs.hits[:, 0].tolist() == [1, 3, 3] and costs.loads[:, 0].tolist() == [6, 4, 4]
 
 
 def test_inclusion_fails_once_a_request_comes_in_parts():
@@ -108,7 +103,7 @@ def test_other_policies_are_replayed_once_per_size():
     from melinoe.cache.policy import DecayedLFU
 
     trace = random_trace(4)
-    assert (miss_curves(trace, DecayedLFU).loads == miss_curves(trace, "lfu").loads).all()
+    assert (miss_curves(trace, DecayedLFU) == miss_curves(trace, "lfu")).all()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static", "belady"])
@@ -131,12 +126,6 @@ def test_costs_of_each_sequence_equal_replays(policy, seed, monkeypatch):
             assert found.tokens.tolist() == [one.tokens[1] for one in each]
     with pytest.raises(MelinoeError, match="at most 8"):
         unit_costs(trace, [4, 9], policy)
-
-
-def test_a_curve_of_nothing_is_refused():
-    """Without completion tokens there is no completion miss rate."""
-    with pytest.raises(MelinoeError, match="no completion"):
-        miss_curves(trace_of([[0]], num_experts=2, top_k=1, kind=0)).miss_rate()
 
 
 # --- allocation -----------------------------------------------------------------------------------
@@ -181,7 +170,7 @@ def test_a_split_from_a_trace_costs_what_it_promised():
     for row in rows:
         builder.add_forward([row], 0, 1)
     trace = builder.trace()
-    cost = cost_of(miss_curves(trace, "lru"))
+    cost = miss_curves(trace, "lru")[1]
     split = allocate(cost, 8)
     assert total_cost(cost, split) == 1 + 6
     assert simulate(trace, split).counters.loads.sum() == 1 + 6
@@ -192,7 +181,7 @@ def test_a_split_from_a_trace_costs_what_it_promised():
 def test_no_uniform_split_beats_the_allocated_one(policy):
     """On the trace it was made from, for every budget, prompts included."""
     trace = random_trace(8, layers=3, completion=30)
-    cost = cost_of(miss_curves(trace, policy), None)
+    cost = miss_curves(trace, policy).sum(axis=0)
     for budget in (6, 9, 14):
         split = allocate(cost, budget)
         mine = simulate(trace, split, policy).counters.loads.sum()

@@ -57,7 +57,7 @@ def test_the_runtime_serves_with_both_and_the_simulator_counts_what_it_counted()
     assert simulate(trace, 3, "mru", prefetch=chosen).counters == counted
     assert counted.prefetch_loads.sum() > 0
     loads = simulate(trace, 3, "mru").counters.loads
-    assert (miss_curves(trace, "mru").loads[:, :, 2] == loads).all()
+    assert (miss_curves(trace, "mru")[:, :, 2] == loads).all()
     assert not (simulate(trace, 3, "lru").counters.loads == loads).all()
     assert "mru" in config.policies()
 

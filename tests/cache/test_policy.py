@@ -20,8 +20,8 @@ from melinoe.cache.policy import (
     policy,
     policy_class,
     policy_makers,
-    policy_names,
     register,
+    servable_names,
 )
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
@@ -178,7 +178,6 @@ def test_belady_cannot_run_a_model():
 def test_a_policy_from_outside_can_be_registered(monkeypatch):
     """A small class with a name is usable by that name; the same name twice is refused."""
     monkeypatch.setattr("melinoe.cache.policy._known", dict(policies._known))
-    before = policy_names()
 
     @register
     class Mru(Policy):
@@ -193,7 +192,7 @@ def test_a_policy_from_outside_can_be_registered(monkeypatch):
         def victims(self, candidates, count):
             return sorted(candidates, key=self.last.index, reverse=True)[:count]
 
-    assert policy_names() == sorted([*before, "mru"])
+    assert "mru" in servable_names()
     assert evictions(Residency(3, 2, "mru"), [[0], [1], [2]]) == [[], [], [1]]
     with pytest.raises(ValueError, match="a name of its own"):
         register(Mru)

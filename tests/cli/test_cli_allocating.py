@@ -6,7 +6,7 @@ import pytest
 from data_rows import write
 from small_olmoe import write_checkpoint
 
-from melinoe.cache.curves import allocate, cost_of, miss_curves
+from melinoe.cache.curves import allocate, miss_curves
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe
 
@@ -36,7 +36,7 @@ def test_slots_go_where_the_trace_says_and_the_text_stays(traced, melinoe):
     about, recorded = describe(str(path)), Trace.load(trace)
     layers, slots = about.moe_layers, recorded.top_k + 1
     budget = slots * layers
-    cost = cost_of(miss_curves(recorded, "lfu"))
+    cost = miss_curves(recorded, "lfu")[1]
     best = allocate(cost, budget, at_least=recorded.top_k)
     plain = generated(melinoe, path, "--slots", slots)
     one = generated(melinoe, path, "--slots", slots, "--allocate-from", trace)

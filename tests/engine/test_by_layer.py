@@ -4,7 +4,7 @@ import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
 from melinoe import attach
-from melinoe.cache.curves import allocate, cost_of, miss_curves
+from melinoe.cache.curves import allocate, miss_curves
 from melinoe.cache.locality import popularity
 from melinoe.cache.simulator import simulate
 from melinoe.errors import BudgetError, MelinoeError
@@ -35,7 +35,7 @@ def test_slots_may_differ_by_layer_and_count_as_simulated(policy):
 def test_an_allocation_from_a_trace_can_be_served():
     """What `allocate` makes of a trace is what `attach` takes, and it costs what it promised."""
     trace = serve(EXPERTS)[2]
-    cost = cost_of(miss_curves(trace, "lru"), None)
+    cost = miss_curves(trace, "lru").sum(axis=0)
     slots = allocate(cost, 3 * LAYERS)
     counted = serve(slots)[1]
     assert counted.loads.sum() == sum(cost[n, c - 1] for n, c in enumerate(slots))

@@ -19,29 +19,12 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache import DEFAULT_POLICY
-from melinoe.cache.counters import COMPLETION, PHASES
+from melinoe.cache.counters import COMPLETION
 from melinoe.cache.policy import COMPILED_POLICIES, Policy
 from melinoe.cache.residency import check_capacity
 from melinoe.cache.simulator import COMPILED_FROM, simulate
 from melinoe.cache.trace import Trace
-from melinoe.errors import BudgetError, MelinoeError
-
-
-@dataclass(frozen=True)
-class MissCurves:
-    """Cost of each layer with 1 to all slots."""
-
-    loads: np.ndarray  # int64 (2, layers, num_experts), on demand, by phase, layer and slots - 1
-    hits: np.ndarray  # alike, uses whose expert was resident
-    uses: np.ndarray  # int64 (2, layers)
-    exact_from: np.ndarray  # int64 (layers,), slots from which one pass was enough
-
-    def miss_rate(self, phase: str = "completion") -> np.ndarray:
-        """Share of uses not resident, the same slots in all layers: float64 by slots - 1."""
-        uses = self.uses[PHASES.index(phase)].sum()
-        if not uses:
-            raise MelinoeError(f"the trace has no {phase} to count; record a longer one")
-        return 1 - self.hits[PHASES.index(phase)].sum(axis=0) / uses
+from melinoe.errors import BudgetError
 
 
 def miss_curves(
@@ -50,31 +33,28 @@ def miss_curves(
     *,
     policy_options: Mapping[str, Any] | None = None,
     reset_between_sequences: bool = False,
-) -> MissCurves:
-    """Count what every number of slots costs each layer; arguments and errors as in `simulate`."""
+) -> np.ndarray:
+    """
+    Count the loads on demand with every number of slots; arguments and errors as in `simulate`.
+
+    Returns int64 (2, layers, num_experts), by phase, layer and slots - 1.
+    """
     layers, experts = trace.num_layers, trace.num_experts
-    given: Any = {
-        "policy_options": policy_options,
-        "reset_between_sequences": reset_between_sequences,
-    }
+    options, cold = policy_options or {}, reset_between_sequences
+    again: Any = {"policy_options": options, "reset_between_sequences": cold}
     exact_from = np.full(layers, experts + 1)
     loads = np.zeros((2, layers, experts), np.int64)
-    hits, uses = np.zeros_like(loads), np.zeros((2, layers), np.int64)
     if isinstance(policy, str) and policy in COMPILED_POLICIES:
         from melinoe.cache.kernel import Prepared
 
-        ready = Prepared(trace, policy, policy_options or {}, reset_between_sequences)
-        loads_at, uses_at, exact_from = ready.distances(ready.phase, 2, layers)
+        ready = Prepared(trace, policy, options, cold)
+        loads_at, _, exact_from = ready.distances(ready.phase, 2, layers)
         loads[:] = loads_at.sum(axis=2, keepdims=True) - np.cumsum(loads_at, axis=2)[:, :, :-1]
-        hits[:] = np.cumsum(uses_at, axis=2)[:, :, :-1]
-        uses[:] = uses_at.sum(axis=2)
     for slots in range(1, min(experts, int(exact_from.max(initial=1)) - 1) + 1):
-        counters = simulate(trace, slots, policy, **given).counters
         chunked = exact_from > slots
+        counters = simulate(trace, slots, policy, **again).counters
         loads[:, chunked, slots - 1] = counters.loads[:, chunked]
-        hits[:, chunked, slots - 1] = counters.hits[:, chunked]
-        uses = counters.uses
-    return MissCurves(loads, hits, uses, exact_from)
+    return loads
 
 
 @dataclass(frozen=True)
@@ -103,17 +83,15 @@ def unit_costs(
     for size in slots:
         check_capacity(trace.num_experts, size)
     exact_from = trace.num_experts + 1
-    given: Any = {
-        "policy_options": policy_options,
-        "reset_between_sequences": reset_between_sequences,
-    }
+    options, cold = policy_options or {}, reset_between_sequences
+    again: Any = {"policy_options": options, "reset_between_sequences": cold}
     by_rule = isinstance(policy, str) and policy in COMPILED_POLICIES
     # As in `simulate`: loading compiled code pays for much work alone.
     if by_rule and len(trace) * trace.num_layers * len(slots) >= COMPILED_FROM:
         assert isinstance(policy, str)
         from melinoe.cache.kernel import Prepared
 
-        ready = Prepared(trace, policy, policy_options or {}, reset_between_sequences)
+        ready = Prepared(trace, policy, options, cold)
         group, groups = 2 * ready.unit + ready.phase, 2 * len(ready.units)
         loads_at, uses_at, largest = ready.distances(group, groups, 1)
         loads_at, uses_at = loads_at[COMPLETION::2, 0], uses_at[COMPLETION::2, 0]
@@ -126,7 +104,7 @@ def unit_costs(
             loads = loads_below[:, -1] - loads_below[:, size - 1]
             found.append((hits_below[:, size - 1], loads, hits_below[:, -1], tokens))
         else:
-            done = simulate(trace, size, policy, **given).per_sequence
+            done = simulate(trace, size, policy, **again).per_sequence
             names = ("hits", "loads", "uses", "tokens")
             found.append(
                 tuple(np.array([getattr(u, n)[COMPLETION].sum() for u in done]) for n in names)
@@ -139,19 +117,12 @@ def unit_costs(
 # --- slots by layer -------------------------------------------------------------------------------
 
 
-def cost_of(curves: MissCurves, phase: str | None = "completion") -> np.ndarray:
-    """Loads by layer and slots - 1, int64 (layers, num_experts); of both phases if None."""
-    if phase is None:
-        return curves.loads.sum(axis=0)
-    return curves.loads[PHASES.index(phase)]
-
-
 def allocate(cost: np.ndarray, budget: int, *, at_least: int = 1) -> tuple[int, ...]:
     """
     Split *budget* slots over layers so that the sum of their costs is least, by dynamic
     programming.
 
-    *cost* (layers, num_experts) is that of each layer with 1, 2, ... slots, such as `cost_of`;
+    *cost* (layers, num_experts) is that of each layer with 1, 2, ... slots, such as `miss_curves`;
     every layer gets *at_least* so many. Of equal splits one that uses most of the budget.
     BudgetError if *budget* is too little for that.
 

@@ -276,11 +276,6 @@ class Belady(Policy):
 # --- policies by name -----------------------------------------------------------------------------
 
 
-def policy_names() -> list[str]:
-    """Names of all known policies, sorted."""
-    return sorted(_known)
-
-
 def servable_names() -> tuple[str, ...]:
     """Names that run a model by themselves: those that need neither data nor the future."""
     return tuple(n for n, cls in _known.items() if not cls.offline and not cls.needs_data)

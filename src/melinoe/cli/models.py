@@ -122,7 +122,8 @@ def _chat_template(named: str | None) -> str | None:
 
 def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int, ...]:
     """Share out slots over layers by the miss-ratio curves of a trace of the same model."""
-    from melinoe.cache.curves import allocate, cost_of, miss_curves
+    from melinoe.cache.counters import COMPLETION
+    from melinoe.cache.curves import allocate, miss_curves
     from melinoe.checkpoint import describe
 
     about = describe(path, options["dtype"])
@@ -137,7 +138,7 @@ def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int
     if wrong is not None:
         raise typer.BadParameter(wrong, param_hint="--allocate-from")
     trace.check_model(trace.fingerprint, about.moe_layers, about.num_experts, about.top_k)
-    cost = cost_of(miss_curves(trace, options["policy"]))
+    cost = miss_curves(trace, options["policy"])[COMPLETION]
     split = allocate(cost, options["slots"] * about.moe_layers, at_least=trace.top_k)
     output.say(f"slots by layer: {', '.join(map(str, split))} ({sum(split)} in all)")
     return split
