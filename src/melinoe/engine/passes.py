@@ -387,6 +387,20 @@ def _padding_of(mask: Tensor, start: int) -> Tensor:
     return ~seen[rows, telling, start + number]
 
 
+def request_of(top_k_index: Tensor, num_experts: int) -> tuple[list[int], list[int], bool]:
+    """List the distinct ids, ascending, and their uses; and whether every choice is an expert."""
+    if top_k_index.shape[0] == 1:
+        chosen = sorted(top_k_index.tolist()[0])
+        distinct = len(set(chosen)) == len(chosen)
+        if distinct and chosen[0] >= 0 and chosen[-1] < num_experts:
+            return chosen, [1] * len(chosen), True
+    ids = top_k_index.reshape(-1).cpu().numpy()
+    known = ids[(ids >= 0) & (ids < num_experts)]
+    counts = np.bincount(known, minlength=num_experts)
+    experts = counts.nonzero()[0]
+    return experts.tolist(), counts[experts].tolist(), known.size == ids.size
+
+
 # --- generate -----------------------------------------------------------------------------------
 
 

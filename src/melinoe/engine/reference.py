@@ -21,7 +21,7 @@ from melinoe.cache.residency import Decision, Load, Residency, StreamedPrefill
 from melinoe.cache.timing import LoadRule
 from melinoe.engine.checks import Guard
 from melinoe.engine.misses import HostExperts, Misses
-from melinoe.engine.passes import ForwardPasses, watch_generate
+from melinoe.engine.passes import ForwardPasses, request_of, watch_generate
 from melinoe.engine.transfer import (
     CudaTransfer,
     DiskTransfer,
@@ -232,7 +232,7 @@ class ExpertCache:
     # --- inner ----------------------------------------------------------------------------------
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        experts, uses, whole = _request_of(top_k_index, self._num_experts)
+        experts, uses, whole = request_of(top_k_index, self._num_experts)
         fits, on_host = len(experts) <= self._num_slots, tuple[int, ...]()
         decisions: Iterable[Decision]
         if self.rule is not None:
@@ -331,17 +331,3 @@ class ExpertCache:
             self._as_numbered = bool(
                 (self.residency.expert_of == np.arange(self._num_experts)).all()
             )
-
-
-def _request_of(top_k_index: Tensor, num_experts: int) -> tuple[list[int], list[int], bool]:
-    """List the distinct ids, ascending, and their uses; and whether every choice is an expert."""
-    if top_k_index.shape[0] == 1:
-        chosen = sorted(top_k_index.tolist()[0])
-        distinct = len(set(chosen)) == len(chosen)
-        if distinct and chosen[0] >= 0 and chosen[-1] < num_experts:
-            return chosen, [1] * len(chosen), True
-    ids = top_k_index.reshape(-1).cpu().numpy()
-    known = ids[(ids >= 0) & (ids < num_experts)]
-    counts = np.bincount(known, minlength=num_experts)
-    experts = counts.nonzero()[0]
-    return experts.tolist(), counts[experts].tolist(), known.size == ids.size

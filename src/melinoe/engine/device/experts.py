@@ -16,6 +16,7 @@ from melinoe.engine.device.decide import DeviceResidency, to_device
 from melinoe.engine.device.packed_kernels import FEW_PAIRS, KernelExperts
 from melinoe.engine.device.passes import DEVICE, STREAM, DevicePasses
 from melinoe.engine.device.support import grouped_mm_waits
+from melinoe.engine.passes import request_of
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
@@ -152,12 +153,9 @@ class DeviceExperts:
                 f"a CUDA graph is to hold a pass of {hidden.shape[0]} tokens, which may need more "
                 "experts of a layer than it has slots; capture smaller passes, or raise the slots"
             )
-        ids = top_k_index.reshape(-1).cpu().numpy()
-        known = ids[(ids >= 0) & (ids < self._num_experts)]
-        uses = np.bincount(known, minlength=self._num_experts)
-        experts = uses.nonzero()[0].tolist()
+        experts, uses, whole = request_of(top_k_index, self._num_experts)
         flat = top_k_index.reshape(-1).long()
-        if known.size != ids.size:  # no expert is one more
+        if not whole:  # no expert is one more
             flat = torch.where((flat >= 0) & (flat < self._num_experts), flat, self._num_experts)
         pairs = Pairs(hidden, top_k_index.shape[1], self.layer.pair_dtype)
         residency = self._residencies.pull(self._index)
@@ -170,26 +168,27 @@ class DeviceExperts:
         return pairs.total(top_k_weights)
 
     def _in_parts(
-        self, residency: Residency, experts: list[int], uses: np.ndarray, pairs: Pairs, flat: Tensor
+        self, residency: Residency, experts: list[int], uses: list[int], pairs: Pairs, flat: Tensor
     ) -> None:
         """Compute part by part, as the reference engine."""
-        counts, decisions = uses[experts].tolist(), []
-        for decision in residency.request_in_parts(experts, counts):
+        decisions = []
+        for decision in residency.request_in_parts(experts, uses):
             decisions.append(decision)
             self.loaders[0].load([(load.expert, load.slot) for load in decision.loads])
             present = [*decision.hits, *(load.expert for load in decision.loads)]
             due = np.full(self._num_experts + 1, -1)
             due[present] = residency.slot_of[present]
             pairs.add(self._product(flat), self._stand_in, to_device(due, self._device)[flat])
-        self._passes.counters.add_decisions(self._index, experts, counts, decisions)
+        self._passes.counters.add_decisions(self._index, experts, uses, decisions)
 
     def _stream(
-        self, residency: Residency, experts: list[int], uses: np.ndarray, pairs: Pairs, flat: Tensor
+        self, residency: Residency, experts: list[int], uses: list[int], pairs: Pairs, flat: Tensor
     ) -> None:
         """Compute a prompt in rounds; while one is computed, the next is copied."""
-        rule, counts = _KEEP if self._passes.paged else self._prefill, uses[experts].tolist()
-        stream = rule.serve(residency, experts, counts)
-        self._passes.counters.add_stream(self._index, experts, counts, stream)
+        rule = _KEEP if self._passes.paged else self._prefill
+        stream = rule.serve(residency, experts, uses)
+        self._passes.counters.add_stream(self._index, experts, uses, stream)
+        of = dict(zip(experts, uses, strict=True))
         step = self._staging.experts
         placed = [(load.expert, load.slot) for load in stream.admitted]
         rounds = [[(expert, int(residency.slot_of[expert])) for expert in stream.hits]]
@@ -217,7 +216,7 @@ class DeviceExperts:
                 with self._staging.copying(done[block] if staged else None):
                     self.loaders[1 + block if staged else 0].load(members)
                 self._staging.arrive()
-            end = begin + int(sum(uses[expert] for expert, _ in members))
+            end = begin + sum(of[expert] for expert, _ in members)
             stand_in = self._staged[block] if staged else self._stand_in
             pairs.add(self._product(flat), stand_in, slot_of_pair, order[begin:end])
             if staged:
