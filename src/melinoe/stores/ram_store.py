@@ -77,8 +77,8 @@ class RamStore(Store):
 
     def write(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy *tensors*, named and shaped as `views` gives them, into one block."""
-        for name, view in self.views(layer, expert).items():
-            view.copy_(tensors[name])
+        for name, stack in self._views[layer].items():
+            stack[expert].copy_(tensors[name])
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """Copy one block into *into*; from pinned memory to a GPU in the order of its stream."""
