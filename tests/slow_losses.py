@@ -80,3 +80,20 @@ def slow_concentration_loss(logits, top_k_index, mask, capacity, *, num_experts=
     ]
     together = entropy(sum(means) / len(means), min(half) / len(means))
     return (sum(within) / len(within) + math.log(experts) - together) / math.log(experts)
+
+
+def slow_rank_loss(logits, base, mask, rho, denominator=None):
+    """Every ordered pair of experts, one by one."""
+    experts, total, count = logits.shape[-1], logits.new_zeros(()), 0
+    for row in range(logits.shape[0]):
+        for t in range(logits.shape[1]):
+            if not mask[row, t]:
+                continue
+            p, b = logits[row, t].softmax(-1), base[row, t].softmax(-1)
+            for i in range(experts):
+                for j in range(experts):
+                    if b[i] > b[j]:
+                        total = total + torch.relu(rho - (p[i] - p[j]))
+            count += 1
+    pairs = experts * (experts - 1) / 2
+    return total / (max(1, count) if denominator is None else denominator) / pairs

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from slow_losses import slow_cache_loss, slow_concentration_loss
+from slow_losses import slow_cache_loss, slow_concentration_loss, slow_rank_loss
 from small_runs import examples, settings
 from tiny import tiny_model
 from torch import nn
@@ -33,16 +33,23 @@ class Layers:
 
     def __init__(self, seed):
         g = torch.Generator().manual_seed(seed)
-        self.routers, self.inputs, self.index, self.logits = [], [], [], []
+        self.routers, self.inputs, self.before = [], [], []
+        self.index, self.logits = [], []
         for number, (experts, top_k) in enumerate(SHAPES):
             module = nn.Linear(HIDDEN, experts, bias=False)
             module.weight.data = torch.randn(experts, HIDDEN, generator=g)
             router = Router(number, f"gate{number}", module, "", nn.Identity(), experts, experts, 1)
             self.routers.append(replace(router, top_k=top_k))
+            self.before.append(module.weight.detach().double().clone())
             self.inputs.append(torch.randn(34, HIDDEN, generator=g))
             chosen = torch.rand(34, experts, generator=g).topk(top_k).indices
             chosen[::9, 0] = experts  # a skip slot
             self.index.append(chosen)
+
+    def move(self):
+        """Train a little: the weights are no longer the base's."""
+        for router in self.routers:
+            router.weight.data += 0.3 * torch.randn_like(router.weight)
 
     def routings(self):
         """As a recorder gives them; the logits are leaves, to see their gradients."""
@@ -50,7 +57,12 @@ class Layers:
             (x @ one.weight.detach().T).requires_grad_()
             for x, one in zip(self.inputs, self.routers, strict=True)
         ]
-        return [*map(Routing, self.routers, self.logits, self.index)]
+        return [
+            Routing(router, logits, index, ((x,), {}))
+            for router, logits, index, x in zip(
+                self.routers, self.logits, self.index, self.inputs, strict=True
+            )
+        ]
 
     def slow_total(self, leaves, nll, settings, capacities, denominator):
         """The formula of the method page, layer by layer."""
@@ -68,6 +80,10 @@ class Layers:
                 denominator=denominator,
             )
             term = settings.lambda_cache * cache
+            if settings.lambda_rank:
+                base = (self.inputs[number].double() @ self.before[number].T).view(logits.shape)
+                rank = slow_rank_loss(logits, base, mask, settings.rho, denominator)
+                term = term + settings.lambda_rank * rank
             if settings.lambda_concentration:
                 own = slow_concentration_loss(logits, index, mask, capacities[number])
                 share = 1 if denominator is None else int(mask.sum()) / denominator
@@ -80,8 +96,8 @@ class Layers:
     "changes",
     [
         {},
-        {"cache_loss": "literal"},
-        {"cache_loss": "resident", "gamma": 0.3},
+        {"cache_loss": "literal", "lambda_rank": 0.5},
+        {"cache_loss": "resident", "gamma": 0.3, "lambda_rank": 0.1, "rho": 0.3},
         {"lambda_cache": 0.0, "lambda_concentration": 0.7},
         {"lambda_cache": 0.0},
     ],
@@ -94,6 +110,7 @@ def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
         **{"capacity": 0.3, "lambda_replay": 0.0, "cache_loss": "clipped"} | changes
     )
     objective = Objective(layers.routers, settings)
+    layers.move()
     nll = torch.tensor(2.5)
     terms = objective.weigh(nll, layers.routings(), labels_of(), denominator)
     capacities = (2, 2, 4)  # 0.3 of 7 and 12 experts

@@ -29,19 +29,13 @@ def test_a_router_shown_its_own_inputs_says_what_then_ran(family):
     with torch.no_grad():  # far apart, so that no rounding decides
         for router in routers:
             router.weight.normal_(std=0.5)
-    inputs = {}
-    for router in routers:
-        router.module.register_forward_pre_hook(
-            lambda _, args, kwargs, layer=router.index: inputs.__setitem__(layer, (args, kwargs)),
-            with_kwargs=True,
-        )
     with torch.no_grad(), RoutingRecorder(routers) as recorder:
         model(input_ids=ids())
         ran = {one.router.index: one for one in recorder.take()}
     asked = NextRouters(routers)
     for layer, routing in ran.items():
         if layer:
-            asked._inputs[layer - 1] = inputs[layer]
+            asked._inputs[layer - 1] = routing.inputs
             rows, top_k = routing.top_k_index.shape
             guess = asked.guess(layer - 1, layer, rows, top_k)
             assert guess.shape == (rows, top_k)

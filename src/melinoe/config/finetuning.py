@@ -35,8 +35,16 @@ class FinetuneSettings:
         "weight of the loss that asks for few experts within each sequence and for all of them "
         "over the sequences of a batch; 0 leaves it out",
     )
+    lambda_rank: float = setting(
+        0.0, "weight of rank matching, the paper's second term; 0 leaves it out"
+    )
     gamma: float = setting(
         0.9, "memory of the imagined cache: near 0 as LRU, 1 as LFU", unit="per token"
+    )
+    rho: float = setting(
+        0.1,
+        "margin by which rank matching keeps the base router's order of two experts",
+        unit="probability",
     )
     cache_loss: str = setting(
         "resident",
@@ -155,7 +163,7 @@ _WITHIN = {
     "(0, 1]": ("capacity",),
     "[0, 1]": ("gamma",),
     "[0, 1)": ("warmup",),
-    "[0, inf)": ("lambda_cache", "lambda_concentration", "lambda_replay"),
+    "[0, inf)": ("lambda_cache", "lambda_concentration", "lambda_rank", "rho", "lambda_replay"),
     "(0, inf)": ("epochs", "max_grad_norm"),
     "(0, 100]": ("learning_rate", "lora_learning_rate"),
     "[0, 4294967295]": ("seed",),
@@ -166,12 +174,13 @@ _WITHIN = {
     "[2, inf)": ("max_length",),
 }  # fmt: skip
 _LOCALITY = ("lambda_cache", "lambda_concentration")
-_WEIGHTS = (*_LOCALITY, "lambda_replay")
+_WEIGHTS = (*_LOCALITY, "lambda_rank", "lambda_replay")
 # Settings that only some terms read, and the weights of those.
 _READ_FOR = {
     "capacity": _LOCALITY,
     "gamma": ("lambda_cache",),
     "cache_loss": ("lambda_cache",),
+    "rho": ("lambda_rank",),
     "own_texts": ("lambda_replay",),
 }
 _BOOKKEEPING = (

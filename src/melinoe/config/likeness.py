@@ -8,14 +8,12 @@ from melinoe.config.finetuning import FinetuneSettings
 from melinoe.errors import TrainingError
 
 Settings = Mapping[str, Any]
-_TERMS = {"lambda_replay"}
+_TERMS = {"lambda_rank", "lambda_replay"}
 # Settings of earlier versions: the weight by which each counts, None for one that always does, and
 # the value that holds now. Those of locality terms may differ between a run and its control.
 _GONE: dict[str, tuple[str | None, Any]] = {
     "lambda_distill": (None, 0.0),
     "lambda_match": (None, 0.0),
-    "lambda_rank": (None, 0.0),  # before those that it weighs
-    "rho": ("lambda_rank", 0.1),
     "anchor": ("lambda_rank", "rank"),
     "weight_decay": (None, 0.0),
     "keep": (None, "last"),

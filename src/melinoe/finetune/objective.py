@@ -3,6 +3,7 @@ The training objective: next-token loss plus weighted terms over every MoE layer
 
     nll      next-token loss on completion tokens
     cache    cache simulation: experts of a token that an imagined cache lacks
+    rank     rank matching: the base router's order of experts that a router breaks
     concentration   few experts within a sequence, all of them over the batch
     replay   next-token loss on anchor text
 
@@ -28,7 +29,9 @@ from melinoe.losses import (
     completion_positions,
     concentration_loss,
     next_token_loss,
+    rank_matching_loss,
 )
+from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.routing import Router, Routing, RoutingRecorder
 
 REPLAYED_AT_ONCE = 2  # texts beside each batch
@@ -83,6 +86,7 @@ class Objective:
     ):
         self.settings, self.replay = settings, replay
         self.recorder = RoutingRecorder(routers)
+        self._base = BaseRouters(routers) if settings.lambda_rank > 0 else None
         self.next_replayed = 0  # batch of anchor text on this device
         for router in routers:
             if router.top_k is not None:
@@ -138,6 +142,7 @@ class Objective:
         weights = {
             "nll": 1.0,
             "cache": settings.lambda_cache,
+            "rank": settings.lambda_rank,
             "concentration": settings.lambda_concentration,
             "replay": settings.lambda_replay,
         }
@@ -175,6 +180,12 @@ class Objective:
                 form: Any = settings.cache_loss
                 lacks = cache_simulation_loss(*given, gamma=settings.gamma, form=form, **sizes)
                 found["cache"].append(lacks)
+            if self._base is not None:
+                base = stack([self._base.logits(one) for one in group])
+                rank = rank_matching_loss(
+                    logits, base, completion, rho=settings.rho, denominator=denominator
+                )
+                found.setdefault("rank", []).append(rank)
             if settings.lambda_concentration > 0:
                 found.setdefault("concentration", []).append(concentration_loss(*given, **sizes))
         return {name: torch.cat(by_shape).mean() for name, by_shape in found.items()}

@@ -10,6 +10,8 @@ For one MoE layer and token t, K = top_k, C = cache capacity in experts, E exper
 
     next token         mean_t -log q(t)                    `next_token_loss`
     cache simulation   mean_t < r(t), 1 - c(t) >           `cache_simulation_loss`, in three forms
+    rank matching      mean_t mean_ij [b_i > b_j] max(0, rho - (p_i - p_j)), b the base
+                       router's probabilities    `rank_matching_loss`
     concentration      few experts within a sequence, all
                        over the batch                      `concentration_loss`
 
@@ -27,6 +29,7 @@ from melinoe.losses.cache import cache_simulation_loss, missing_share
 from melinoe.losses.concentration import concentration_loss
 from melinoe.losses.filter import choices_of, filtered
 from melinoe.losses.next_token import next_token_loss
+from melinoe.losses.rank import rank_matching_loss
 from melinoe.losses.select import completion_positions
 
 __all__ = [
@@ -37,4 +40,5 @@ __all__ = [
     "filtered",
     "missing_share",
     "next_token_loss",
+    "rank_matching_loss",
 ]

@@ -1,5 +1,5 @@
 """
-Find the routers of a transformers model, and record their logits and what then runs.
+Find the routers of a transformers model, and record their inputs, their logits and what then runs.
 
 A router is the ``gate`` or ``router`` beside an experts module in its block. Families choose in
 many ways (correction biases, groups, sigmoid scores, skip slots), so nothing here repeats a choice:
@@ -99,13 +99,14 @@ class Routing(NamedTuple):
     router: Router
     logits: Tensor  # ``(tokens, num_logits)``, with gradient
     top_k_index: Tensor  # int64 ``(tokens, top_k)``, that ran; ids outside the experts: none
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]  # of the router, detached
 
 
 class RoutingRecorder:
     """
-    Collects, during a forward pass, every router's logits, and the choices that ran. A context
-    manager around one forward pass; ``take()`` returns the layers' `Routing` and empties it. Where
-    a layer runs twice within the pass (recomputed activations), the first run counts.
+    Collects, during a forward pass, every router's inputs and logits, and the choices that ran.
+    ``take()`` returns the layers' `Routing` and empties it. Where a layer runs twice within the
+    pass (recomputed activations), the first run counts.
     """
 
     def __init__(self, routers: list[Router]):
@@ -130,7 +131,7 @@ class RoutingRecorder:
                 "cannot be trained; use a family whose router is called beside its experts"
             )
         taken = [
-            Routing(router, self._logits[i], self._index[i])
+            Routing(router, self._logits[i], self._index[i], self._inputs[i])
             for router in self.routers
             if (i := router.index) in self._logits
         ]
@@ -140,9 +141,15 @@ class RoutingRecorder:
     def _clear(self) -> None:
         self._logits: dict[int, Tensor] = {}
         self._index: dict[int, Tensor] = {}
+        self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def _hook(self, router: Router) -> Iterator[Any]:
         layer = router.index
+
+        def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer not in self._inputs:
+                detached = {key: _detach(value) for key, value in kwargs.items()}
+                self._inputs[layer] = (tuple(map(_detach, args)), detached)
 
         def logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if layer not in self._logits:
@@ -153,8 +160,13 @@ class RoutingRecorder:
                 index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
                 self._index[layer] = index.detach().reshape(-1, index.shape[-1])
 
+        yield router.module.register_forward_pre_hook(inputs, with_kwargs=True)
         yield router.module.get_submodule(router.source).register_forward_hook(logits)
         yield router.experts.register_forward_pre_hook(choice, with_kwargs=True)
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def fingerprint(model: nn.Module) -> str:
