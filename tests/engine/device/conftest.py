@@ -9,6 +9,8 @@ import triton.language as tl
 from small_olmoe import tiny_model
 from triton.runtime import interpreter
 
+from melinoe.engine.device import packed_kernels
+
 assert triton.knobs.runtime.interpret, "these tests need TRITON_INTERPRET=1"
 
 # The interpreter lists the members of Triton's modules anew at every call of a helper, which takes
@@ -37,6 +39,18 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot
+
+
+@pytest.fixture
+def two_groups(monkeypatch):
+    """Unroll two groups of columns instead of eight: of tiny rows the rest are zeros."""
+    whole = packed_kernels.constants
+
+    def few(*arguments):
+        found = whole(*arguments)
+        return found | {"UNROLL": min(found["UNROLL"], 2)}
+
+    monkeypatch.setattr(packed_kernels, "constants", few)
 
 
 @pytest.fixture(scope="module")

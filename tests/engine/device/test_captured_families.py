@@ -15,7 +15,7 @@ from melinoe.engine.device.static_cache import why_not_static
 
 # A padded row and one that is not; half the slots, so that captured steps load.
 IDS = torch.tensor([[0, 5, 6, 7], [9, 3, 4, 11]])
-SLOTS, TOKENS, WINDOW = 4, 8, 6
+SLOTS, TOKENS, WINDOW = 4, 6, 6
 
 NO_STATIC_CACHE = {"deepseek_v4": "has no static cache", "minimax": "looks at values"}
 NOT_CAPTURED = {

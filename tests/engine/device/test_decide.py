@@ -41,19 +41,24 @@ class Lanes:
         known = (index >= 0) & (index < experts)
         assert torch.equal(kept, torch.where(known, weights, 0.0))
         assert ((slots >= 0) & (slots < self.capacity)).all()
+        index, slots, known, state, num_loads, load_expert, load_slot = (
+            one.numpy()
+            for one in (index, slots, known, device.state, device.num_loads, device.load_expert,
+                        device.load_slot)
+        )  # fmt: skip
         for lane, host in enumerate(self.hosts):
-            ids = index[lane][known[lane]].numpy()
+            ids = index[lane][known[lane]]
             distinct, uses = np.unique(ids, return_counts=True)
             hits = uses[host.slot_of[distinct] >= 0].sum()
             plan = host.request(distinct.tolist())
             count = len(plan.loads)
-            assert device.num_loads[lane] == count
-            assert device.load_expert[lane].tolist() == (
+            assert num_loads[lane] == count
+            assert load_expert[lane].tolist() == (
                 [load.expert for load in plan.loads] + [POISON] * (self.capacity - count)
             )
-            assert device.load_slot[lane, :count].tolist() == [load.slot for load in plan.loads]
-            assert np.array_equal(device.state[lane].numpy(), pack(host))
-            assert np.array_equal(slots[lane][known[lane]].numpy(), host.slot_of[ids])
+            assert load_slot[lane, :count].tolist() == [load.slot for load in plan.loads]
+            assert (state[lane] == pack(host)).all()
+            assert (slots[lane][known[lane]] == host.slot_of[ids]).all()
             self.expected[lane] += (len(ids), hits, count, len(distinct) > 0)
         assert np.array_equal(device.counts[:-1].numpy(), self.expected)
 
@@ -69,18 +74,21 @@ def random_index(rng, lanes, tokens, top_k, experts, capacity, skip=0.1):
     return torch.from_numpy(index)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+SIZES = [  # experts, capacity, tokens, top_k
+    (8, 4, 2, 2),
+    (8, 2, 1, 2),  # K = C
+    (8, 8, 4, 3),  # C = E
+    (64, 16, 1, 8),
+    (1, 1, 3, 1),
+    (6, 5, 16, 2),  # no powers of two, batch 16
+    (33, 7, 5, 4),
+]
+
+
 @pytest.mark.parametrize(
-    ("experts", "capacity", "tokens", "top_k"),
-    [
-        (8, 4, 2, 2),
-        (8, 2, 1, 2),  # K = C
-        (8, 8, 4, 3),  # C = E
-        (6, 5, 16, 2),  # no powers of two, batch 16
-        (64, 16, 1, 8),
-        (1, 1, 3, 1),
-        (33, 7, 5, 4),
-    ],
+    ("policy", "experts", "capacity", "tokens", "top_k"),
+    [(policy, *sizes) for policy in ("lru", "lfu") for sizes in SIZES]
+    + [(f"lfu, {how} forgetting", *sizes) for how in ("no", "quick") for sizes in SIZES[-2:]],
 )
 def test_the_device_plans_what_the_host_plans(policy, experts, capacity, tokens, top_k):
     """Loads, their order and slots, renumbering, state and counts, in 32 sequences at once."""

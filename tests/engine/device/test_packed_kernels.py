@@ -106,6 +106,7 @@ def test_products_are_those_of_the_format_in_float64(family, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "int8", "int4", "mxfp4", "fp8"])
+@pytest.mark.usefixtures("two_groups")
 def test_half_precision_rounds_what_stands_between_the_projections_and_no_weight(kind, dtype):
     """One rounding of the middle and one of the result; decoded weights are not rounded."""
     world = World("olmoe", kind, dtype)
@@ -116,6 +117,7 @@ def test_half_precision_rounds_what_stands_between_the_projections_and_no_weight
 
 
 @pytest.mark.parametrize("family", tiny.families())
+@pytest.mark.usefixtures("two_groups")
 def test_every_family_is_computed(family):
     """Its activation, norm, layout and biases; a control that leaves the experts out is far off."""
     world = World(family, "int8")
@@ -129,6 +131,7 @@ def test_every_family_is_computed(family):
 
 
 @pytest.mark.parametrize("kind", ["plain", "int4"])
+@pytest.mark.usefixtures("two_groups")
 def test_bits_depend_on_no_slot_no_batch_and_no_neighbour(kind, monkeypatch):
     """Few and many pairs, slots in any order and number, tokens in any company."""
     monkeypatch.setattr(packed_kernels, "FEW_PAIRS", 32)
