@@ -24,8 +24,9 @@ def demo(tmp_path_factory):
     shutil.copytree(TINY_OLMOE, base, ignore=shutil.ignore_patterns("*.safetensors", "*.png"))
     model.save_pretrained(base)
     small = {
-        "steps": 2, "batch_size": 4, "own_texts": 4, "eval_examples": 4, "prompts": 2,
-        "max_new_tokens": 4,
+        "steps": 2, "batch_size": 4, "own_texts": 4, "eval_examples": 4,
+        "eval_length": 256, "other_documents": 1, "prompts": 2, "max_new_tokens": 4,
+        "predictor_prompts": 8, "predictor_tokens": 4,
     }  # fmt: skip
     settings = replace(module.quick_settings(), **small)
     with pytest.MonkeyPatch.context() as patch:
