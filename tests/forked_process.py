@@ -6,6 +6,7 @@ That commands are found from a shell too, `python -m melinoe`, tests/cli/test_cl
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import warnings
@@ -35,7 +36,9 @@ class ForkedProcess:
         if log is not None:
             log.write_text("")
         self._process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
-        self._process.start()
+        with warnings.catch_warnings():  # newer Pythons speak of this process's threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
 
     def poll(self):
@@ -61,3 +64,15 @@ def command(*words, log=None):
         main()
 
     return ForkedProcess(run, log=log)
+
+
+def script(words, **_):
+    """Begin ``python FILE WORDS``, in place of `subprocess.Popen`."""
+    python, file, *more = words
+    assert python == sys.executable
+
+    def run():
+        sys.argv = [file, *more]
+        runpy.run_path(file, run_name="__main__")
+
+    return ForkedProcess(run)

@@ -1,19 +1,21 @@
-"""Scripts of benchmarks/gpu as modules of this process, whose workers are processes as ever."""
+"""Scripts of benchmarks/gpu as modules of this process, whose workers are forked from it."""
 
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "benchmarks" / "gpu"
+from forked_process import script
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
 
 def imported(monkeypatch, name):
     """Import a script; it and what lies beside it are forgotten after the test."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT / 'tests'}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for one in SCRIPTS.glob("*.py"):
         monkeypatch.setitem(sys.modules, one.stem, None)
         del sys.modules[one.stem]
-    return importlib.import_module(name)
+    found = importlib.import_module(name)
+    monkeypatch.setattr(sys.modules["supervise"], "subprocess", SimpleNamespace(Popen=script))
+    return found

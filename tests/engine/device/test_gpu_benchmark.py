@@ -30,24 +30,40 @@ ENGINES = {
 }
 
 
-def dry_run_of_a(out):
-    """As it is typed: the record, and what is printed."""
+def typed(call, folder, says=""):
+    """Run run.sh with a Python that says *says*: what it is given, and what run.sh prints."""
+    python = folder / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$GIVEN"\ncat "$SAYS"\n')
+    python.chmod(0o755)
+    (folder / "says").write_text(says)
     environment = os.environ | {
-        "OPTIONS": "--dry-run", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
+        "OPTIONS": "--dry-run", "PYTHON": str(python), "GIVEN": str(folder / "given"),
+        "SAYS": str(folder / "says"),
     }  # fmt: skip
     done = subprocess.run(
-        ["bash", str(SCRIPT), "A", str(out)], env=environment, capture_output=True, text=True,
+        ["bash", str(SCRIPT), call, str(folder)], env=environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-1000:]
-    return json.loads((out / "A.json").read_text()), done.stdout
+    return (folder / "given").read_text().splitlines(), done.stdout
 
 
 def test_a_dry_run_of_both_calls_measures_every_section_and_judges_every_goal(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capfd
 ):
     """All engines on one drawn routing, whose loads the engines must count; B goes on from A."""
-    first, said = dry_run_of_a(tmp_path)
+    fast_engine = imported(monkeypatch, "fast_engine")
+
+    def measured(call):
+        words, _ = typed(call, tmp_path)
+        assert words[0] == "benchmarks/gpu/fast_engine.py"
+        monkeypatch.setattr(sys, "argv", words)
+        capfd.readouterr()
+        fast_engine.main()
+        _, said = typed(call, tmp_path, capfd.readouterr().out)
+        return json.loads((tmp_path / f"{call}.json").read_text()), said
+
+    first, said = measured("A")
     assert first["not_measured"] == [] and first["dry_run"] is True and "drawn" in first["routing"]
     assert "passed: packed experts" in said and "GB/s: copy_engine" in said
     assert {"copy_engine", "kernel_reads", "kernel_share", "device"} <= first["link"].keys()
@@ -60,12 +76,7 @@ def test_a_dry_run_of_both_calls_measures_every_section_and_judges_every_goal(
     assert len(smoke) == 4 and all(row["passed"] for row in smoke), smoke
     assert (tmp_path / "replay.json.gz").stat().st_size > 0
 
-    # As run.sh does it for B too, but that what supervises the worker is in this process.
-    fast_engine = imported(monkeypatch, "fast_engine")
-    words = ["--call", "B", "--out", str(tmp_path), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", ["fast_engine.py", *words])
-    fast_engine.main()
-    second = json.loads((tmp_path / "B.json").read_text())
+    second, _ = measured("B")
     assert second["not_measured"] == [] and second["link"] == first["link"]
     rows = [*rows, *second["result"]]
     decode = [row for row in rows if row["section"] == "decode"]
