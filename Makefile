@@ -16,30 +16,22 @@ demo: $(READY)   ## fine-tune, trace, predict, serve, and print what it bought (
 test: $(DEV)   ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $${TEST_WORKERS:-2} --dist worksteal
 
+PAGES = README.md docs/method.md docs/benchmarks.md docs/finetuning.md docs/serving.md docs/findings.md
+
 check: $(DEV)  ## style, types, and whether tables and lists of README and docs are up to date
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
 	$(BIN)/python recipes/file_index.py --check
-	$(BIN)/melinoe report benchmarks/results --readme README.md --check
-	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
-	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md --check
-	$(BIN)/melinoe report benchmarks/results --readme docs/finetuning.md --check
-	$(BIN)/melinoe report benchmarks/results --readme docs/serving.md --check
-	$(BIN)/python benchmarks/study/tables.py --check
-	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md --check
+	$(BIN)/python -m benchmarks.tables --check $(PAGES)
+	$(BIN)/python -m benchmarks.study.tables --check
 
 report: $(READY) ## write the tables and lists of README and docs again
 	$(BIN)/melinoe plan --cards --out benchmarks/results/plan_cards.json
 	$(BIN)/melinoe plan --finetune --cards --out benchmarks/results/finetune_cards.json
 	$(BIN)/python recipes/file_index.py
-	$(BIN)/melinoe report benchmarks/results --readme README.md
-	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
-	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md
-	$(BIN)/melinoe report benchmarks/results --readme docs/finetuning.md
-	$(BIN)/melinoe report benchmarks/results --readme docs/serving.md
-	$(BIN)/python benchmarks/study/tables.py
-	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md
+	$(BIN)/python -m benchmarks.tables $(PAGES)
+	$(BIN)/python -m benchmarks.study.tables
 
 # torch goes first and alone: asked for together with the rest, other packages may pull another build.
 $(READY): pyproject.toml constraints.txt

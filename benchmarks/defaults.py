@@ -43,7 +43,7 @@ from melinoe.finetune import train
 from melinoe.finetune.own_text import own_text
 from melinoe.measure import (
     append_jsonl,
-    completion_counts,
+    completion_costs,
     machine,
     reading_trace,
     write_json,
@@ -200,16 +200,16 @@ def judge(model: Any) -> dict[str, Any]:
     found, others = (perplexity(model, texts()[name]) for name in ("judged", "others"))
     handle = attach(model, slots=model.config.num_experts)
     trace = reading_trace(model, handle, texts()["judged"])
-    counts = completion_counts(trace, SLOTS, "lfu")
+    costs = completion_costs(trace, [SLOTS], "lfu")
     handle.detach()
     return {
         "nll": [round(float(x), 4) for x in found.nll],
         "tokens": [int(x) for x in found.tokens],
         "perplexity": float(np.exp(found.nll.sum() / found.tokens.sum())),
         "other_perplexity": float(np.exp(others.nll.sum() / others.tokens.sum())),
-        "loads": counts["loads"],
-        "read": counts["tokens"],
-        "transfers_per_token": sum(counts["loads"]) / sum(counts["tokens"]),
+        "loads": costs.loads[0].tolist(),
+        "read": costs.tokens.tolist(),
+        "transfers_per_token": costs.loads.sum() / costs.tokens.sum(),
     }
 
 

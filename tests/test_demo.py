@@ -1,37 +1,32 @@
-"""The demo, run for real in its quick form, on half the layers of the model that ships."""
+"""The demo, run for real but small, on half the layers of the model that ships."""
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-import melinoe.demo as module
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint.metadata import read_metadata
+from melinoe.demo import DemoSettings, run
 from melinoe.outcome import check_control
 from melinoe.shipped import TINY_OLMOE
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Its directory, its records by kind, and what it said; smaller still than the quick form."""
+    """Its directory, its records by kind, and what it said."""
     root = tmp_path_factory.mktemp("demo")
     base, out, said = root / "base", root / "runs" / "demo", []
     model = AutoModelForCausalLM.from_pretrained(TINY_OLMOE, num_hidden_layers=2)
     shutil.copytree(TINY_OLMOE, base, ignore=shutil.ignore_patterns("*.safetensors", "*.png"))
     model.save_pretrained(base)
-    small = {
-        "steps": 2, "batch_size": 4, "own_texts": 4, "eval_examples": 4,
-        "eval_length": 256, "other_documents": 1, "prompts": 2, "max_new_tokens": 4,
-        "predictor_prompts": 8, "predictor_tokens": 4,
-    }  # fmt: skip
-    settings = replace(module.quick_settings(), **small)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "quick_settings", lambda: settings)
-        module.run(out, quick=True, say=said.append, base=base)
+    settings = DemoSettings(
+        train_examples=64, steps=2, batch_size=4, own_texts=4, eval_examples=4, eval_length=256,
+        other_documents=1, prompts=2, max_new_tokens=4, predictor_prompts=16, predictor_tokens=4,
+    )  # fmt: skip
+    run(out, settings, say=said.append, base=base)
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     kinds = {}
     for record in records:

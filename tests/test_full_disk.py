@@ -33,7 +33,7 @@ COMMANDS = {
     "evaluate": "evaluate BASE --data DATA --out IN/records.jsonl",
     "bench": "bench BASE --data DATA --slots 8 --limit 1 --max-new-tokens 2 --out IN/records.jsonl",
     "report": "report IN/records.jsonl --out OUT/page.html",
-    "report figures": "report IN/t.safetensors --figures OUT/figures",
+    "report of a trace": "report IN/t.safetensors --out OUT/page.html",
     "card": "card IN/adapter",
     "reference": "doctor BASE --export --reference OUT/reference.json",
 }

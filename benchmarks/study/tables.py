@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melinoe.config.likeness import differences, for_locality
-from melinoe.report import update_readme, write_figures
+from benchmarks.study.earlier import differences, for_locality
+from benchmarks.tables import update_readme
 from melinoe.report.figures import COLOUR, Figure, panel
+from melinoe.report.page import svg_files
 from melinoe.report.table import DASH, Cell, Table, cell, inline, plain, signed
 from melinoe.stats import Estimate
 
@@ -500,7 +501,10 @@ def main() -> None:
     study = gather([json.loads(line) for line in lines])
     if asked.figures is not None:
         figures = [frontier(study, group) for group in study.groups]
-        written = write_figures([one for one in figures if one is not None], asked.figures)
+        written = svg_files([one for one in figures if one is not None])
+        asked.figures.mkdir(parents=True, exist_ok=True)
+        for name, drawing in written.items():
+            (asked.figures / name).write_text(drawing, encoding="utf-8")
         print(f"{asked.figures}: wrote {len(written)} figures", file=sys.stderr)
         return
     stale = update_readme(PAGE, [RESULTS], asked.check, study_tables(study))

@@ -24,15 +24,8 @@ class Adapters:
 
     The experts stay as they are, in store and slots; low-rank terms are added to their products,
     as in training. Routers are exchanged whole. All adapters' tensors stay in fast memory.
-    Detaching the handle takes them off the model again.
-
-    Args:
-        model: Attached to *handle*.
-        handle: Of `melinoe.load` or `melinoe.attach`.
-
-    Raises:
-        AttachError: the device decides, whose captured steps cannot change; or the CPU computes
-            what is missing, which adds no terms.
+    Detaching the handle takes them off the model again. AttachError: the device decides, whose
+    captured steps cannot change; or the CPU computes what is missing, which adds no terms.
     """
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
@@ -61,13 +54,7 @@ class Adapters:
 
     @torch.no_grad()
     def add(self, name: str, directory: str | Path) -> None:
-        """
-        Read an adapter, to be used as *name*.
-
-        Raises:
-            CheckpointError: it cannot be read, or is not this model's.
-            MelinoeError: the name is taken.
-        """
+        """Read an adapter, to be used as *name*; MelinoeError: taken, torn, or not this model's."""
         if name in self._routers:
             raise MelinoeError(f"two adapters are named {name!r}; give each its own name")
         adapter = read_adapter(directory, self._model, self._handle.layers)
@@ -95,12 +82,7 @@ class Adapters:
 
     @torch.no_grad()
     def use(self, name: str | None) -> None:
-        """
-        Let *name* write from the next pass on; None: the model as it is.
-
-        Raises:
-            KeyError: no adapter of that name.
-        """
+        """Let *name* write from the next pass on; None: the model as it is; KeyError: unknown."""
         chosen = {} if name is None else self._routers[name]
         updates = {} if name is None else self._experts[name]
         with self._handle.lock:  # not in the midst of another thread's pass

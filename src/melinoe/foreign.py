@@ -6,7 +6,6 @@ A row is a token in one layer with all its choices, or a single choice (docs/tra
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -33,6 +32,7 @@ _SPELLINGS = {
 }
 _NAMES = {other: name for name, others in _SPELLINGS.items() for other in others.split()}
 _OF_ONE = re.compile(r"expert_\d+")
+_DIGITS = re.compile(r"-?[0-9]+")
 _OF_LOG = ("model_id", "num_experts")  # in header lines
 _KINDS = {"prompt": 0, "completion": 1, "padding": 2, "prefill": 0, "decode": 1}
 _KINDS |= {"0": 0, "1": 1, "2": 2}
@@ -190,66 +190,49 @@ def _known(columns: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], d
 # --- exact numbers --------------------------------------------------------------------------------
 
 
-def whole(
+def _whole(
     name: str,
     values: Any,
     low: int,
     high: int = MOST,
     *,
+    rows: np.ndarray,
     missing: int | None = None,
-    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """
-    Read exact whole numbers, int64, from an Arrow array or a numpy one.
+    Read exact whole numbers, int64, from an Arrow array: integers, whole floats or texts of digits.
 
-    They may be integers, floats that are whole, or texts that spell integers, from *low* to *high*.
     *missing* stands for an empty value; without it an empty one is refused. A ValueError names the
     column, the value and its row; *rows* number those, from 1.
     """
-    empty = np.zeros(len(values), bool)
-    if not isinstance(values, np.ndarray):
-        if values.null_count:
-            empty = values.is_null().to_numpy(zero_copy_only=False)
-        values = _filled(values)
-    if values.dtype.kind in "iuf":
+    import pyarrow as pa
+
+    empty = values.is_null().to_numpy(zero_copy_only=False).copy()
+    if pa.types.is_null(values.type):
+        values = values.cast(pa.int64())
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        given = values.fill_null(0).to_numpy(zero_copy_only=False)
         # Bounds may lie beyond a small float's.
-        numbers = values = values.astype(np.float64) if values.dtype.kind == "f" else values
-        good = (values >= low) & (values <= high)
-        if values.dtype.kind == "f":  # which holds not every whole number beyond 2^53
-            good &= (values == np.floor(values)) & (np.abs(values) <= 2**53)
+        numbers = given.astype(np.float64) if given.dtype.kind == "f" else given
     else:
-        numbers = np.array([_spelled(value) for value in values.tolist()], np.float64)
-        good = (numbers >= low) & (numbers <= high)
-        empty |= np.array([value == "" for value in values.tolist()], bool)
+        given = values.to_pylist()
+        digits = (isinstance(one, str) and _DIGITS.fullmatch(one.strip()) for one in given)
+        read = (float(one) if good else np.nan for one, good in zip(given, digits, strict=True))
+        numbers = np.fromiter(read, np.float64)
+        empty |= np.array([one == "" for one in given], bool)
+    good = (numbers >= low) & (numbers <= high)
+    if numbers.dtype.kind == "f":  # which holds not every whole number beyond 2^53
+        good &= (numbers == np.floor(numbers)) & (np.abs(numbers) <= 2**53)
     good = np.where(empty, missing is not None, good)
     if not good.all():
         at = int(np.argmin(good))
-        said = "no" if empty[at] else f"the value {values[at : at + 1].tolist()[0]!r} as its"
+        said = "no" if empty[at] else f"the value {values[at].as_py()!r} as its"
         raise ValueError(
-            f"row {at + 1 if rows is None else rows[at]} has {said} {name}, which is a whole "
-            f"number from {low} to {high}"
+            f"row {rows[at]} has {said} {name}, which is a whole number from {low} to {high}"
         )
     found = np.where(empty, 0, numbers).astype(np.int64)
-    found[empty] = 0 if missing is None else missing
+    found[empty] = missing or 0
     return found
-
-
-def _filled(values: Any) -> np.ndarray:
-    """Turn Arrow's values into numpy's, with something of their type for each that is absent."""
-    import pyarrow as pa
-
-    if pa.types.is_null(values.type):
-        return np.zeros(len(values), np.int64)
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        values = values.fill_null(0)
-    return values.to_numpy(zero_copy_only=False)
-
-
-def _spelled(value: Any) -> float:
-    """Read the integer that a text spells in ASCII digits; no number for anything else."""
-    text = value.strip() if isinstance(value, str) else ""
-    digits = text.removeprefix("-")
-    return float(text) if digits.isascii() and digits.isdigit() else math.nan
 
 
 def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
@@ -260,7 +243,7 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
     rows: Rows = {"number": number}
     for name in ("token", "layer", "forward", "rank"):
         if name in columns:
-            rows[name] = whole(name, columns[name], 0, rows=number)
+            rows[name] = _whole(name, columns[name], 0, rows=number)
     if "sequence" in columns:
         rows["sequence"] = _sequences(columns["sequence"], number)
     if "kind" in columns:
@@ -274,7 +257,7 @@ def _sequences(names: Any, number: np.ndarray) -> np.ndarray:
     import pyarrow as pa
 
     if not pa.types.is_string(names.type):
-        names = pa.array(whole("sequence", names, 0, np.iinfo(np.int64).max, rows=number))
+        names = pa.array(_whole("sequence", names, 0, np.iinfo(np.int64).max, rows=number))
     codes = names.dictionary_encode().indices
     if codes.null_count:
         raise ValueError(f"row {number[np.argmax(codes.is_null())]} has no sequence")
@@ -310,13 +293,13 @@ def _chosen(columns: dict[str, Any], number: np.ndarray, most: int) -> np.ndarra
         place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         flat = pc.list_flatten(lists)
         matrix = np.full((len(number), max(1, lengths.max())), -1, np.int64)
-        matrix[row, place] = whole("expert", flat, -1, most, missing=-1, rows=number[row])
+        matrix[row, place] = _whole("expert", flat, -1, most, missing=-1, rows=number[row])
         return matrix
     names = [name for name in columns if _OF_ONE.fullmatch(name)]
     wanted = ["expert"] if "expert" in columns else [f"expert_{k}" for k in range(len(names))]
     if odd := set(names).symmetric_difference(wanted) - {"expert"}:
         raise ValueError(f"its columns do not match at {', '.join(sorted(odd))}")
-    each = [whole(name, columns[name], -1, most, missing=-1, rows=number) for name in wanted]
+    each = [_whole(name, columns[name], -1, most, missing=-1, rows=number) for name in wanted]
     return np.stack(each, axis=-1)
 
 

@@ -38,24 +38,10 @@ class Generation:
     ids: list[int]  # generated token ids, end-of-text included if it was reached
     prompt_ids: list[int]  # the prompt's token ids
     counters: Counters | None  # of this call alone; ``None`` for a plain model
-    # Asking the prefetcher before the prompt, and issuing what it named then, seconds; part of
-    # *ttft_s*. One that loads for the completion is asked when it begins.
-    predictor_s: float
     # From the call to the first new token, seconds; waiting for other threads' texts left out.
     ttft_s: float
     seconds: float  # from the call to the last new token
     stall_s: float  # waited for experts while decoding, the prompt's forward pass left out
-    prompt_stall_s: float  # waited for experts in the prompt's forward pass
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens after the first: each took one forward pass of its own."""
-        return len(self.ids) - 1
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time per token after the first, seconds; ``None`` if there was only one."""
-        return (self.seconds - self.ttft_s) / self.decode_tokens if self.decode_tokens else None
 
     @property
     def tokens_per_s(self) -> float:
@@ -83,9 +69,7 @@ class _Watch(StoppingCriteria):
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """
-    Token ids of a prompt; ids pass through. DataError: nothing comes out, or the text is none.
-    """
+    """Token ids of a prompt; ids pass through. DataError: nothing comes out, or it is no text."""
     if isinstance(prompt, str):
         check_text(prompt, "the prompt")
     ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
@@ -119,10 +103,8 @@ def generate(
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
     Raises:
-        DataError, TokenizerError: a prompt that is no text, or has ids that the model does not
-        know.
-        ModelError: the logits are no numbers, and which tensor is to blame; or the predictor
-            belongs to another model.
+        DataError, TokenizerError: a prompt that is no text, or has ids the model does not know.
+        ModelError: the logits are no numbers; or the predictor belongs to another model.
         AttachError: a prefetch without a handle to load through.
     """
     if max_new_tokens < 1:
@@ -142,17 +124,16 @@ def generate(
     options: dict[str, Any] = {} if sampling.get("do_sample") else {**GREEDY}
     options["pad_token_id"] = pad_token_id(tokenizer)
     watch = _Watch(device, handle)
-    before, stall_before_s = None, 0.0
+    before = None
     input_ids = torch.tensor([ids], device=device)
 
     with ExitStack() as stack:
         if handle is not None:  # all of it is one text's, so other threads wait
             stack.enter_context(handle.lock)
-            before, stall_before_s = handle.counters, handle.stall_s
+            before = handle.counters
         start_s = time.perf_counter()
         if prefetch is not None and handle is not None:
             stack.enter_context(handle.prefetching(prefetch, ids))
-        predictor_s = time.perf_counter() - start_s
         stack.enter_context(torch.inference_mode())
         output = generate_finite(
             model,
@@ -171,11 +152,9 @@ def generate(
         ids=new,
         prompt_ids=ids,
         counters=counters,
-        predictor_s=predictor_s if prefetch is not None else 0.0,
         ttft_s=watch.first_s - start_s,
         seconds=watch.last_s - start_s,
         stall_s=stall_s - watch.stall_at_first_s,
-        prompt_stall_s=watch.stall_at_first_s - stall_before_s,
     )
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from melinoe.errors import DataError
 
 Floats = NDArray[np.float64]
+Values = Sequence[float] | Floats  # one number a prompt
 _CHUNK_ELEMENTS = 4_000_000  # draws held at once: 32 MB of indices
 
 
@@ -38,8 +39,8 @@ class Estimate:
 
 
 def bootstrap(
-    values: Sequence[float] | Floats,
-    weights: Sequence[float] | Floats | None = None,
+    values: Values,
+    weights: Values | None = None,
     resamples: int = 2000,
     seed: int = 0,
     transform: Callable[[Floats], Floats] | None = None,
@@ -61,10 +62,10 @@ def bootstrap(
 
 
 def paired_difference(
-    ours: Sequence[float] | Floats,
-    theirs: Sequence[float] | Floats,
-    our_weights: Sequence[float] | Floats | None = None,
-    their_weights: Sequence[float] | Floats | None = None,
+    ours: Values,
+    theirs: Values,
+    our_weights: Values | None = None,
+    their_weights: Values | None = None,
     transform: Callable[[Floats], Floats] | None = None,
 ) -> Estimate:
     """
@@ -72,18 +73,18 @@ def paired_difference(
 
     Each resample draws a prompt for both, so that what makes a prompt hard cancels.
     """
-    columns = _paired(ours, our_weights, theirs, their_weights)
+    columns = _paired((ours, our_weights), (theirs, their_weights))
     return _interval(lambda s: s[0] / s[1] - s[2] / s[3], columns, transform)
 
 
 def paired_ratio(
-    ours: Sequence[float] | Floats,
-    theirs: Sequence[float] | Floats,
-    our_weights: Sequence[float] | Floats | None = None,
-    their_weights: Sequence[float] | Floats | None = None,
+    ours: Values,
+    theirs: Values,
+    our_weights: Values | None = None,
+    their_weights: Values | None = None,
 ) -> Estimate:
     """Estimate our rate divided by theirs, on the same prompts; DataError where theirs is zero."""
-    columns = _paired(ours, our_weights, theirs, their_weights)
+    columns = _paired((ours, our_weights), (theirs, their_weights))
     if columns[2].sum() == 0:
         raise DataError(
             "the rate to compare with is zero, so a ratio has no meaning; compare differences"
@@ -91,9 +92,7 @@ def paired_ratio(
     return _interval(lambda s: (s[0] / s[1]) / (s[2] / s[3]), columns)
 
 
-def _checked(
-    values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None
-) -> list[Floats]:
+def _checked(values: Values, weights: Values | None) -> list[Floats]:
     """Give numerators and denominators as arrays; refuse what has no mean."""
     above = np.asarray(values, dtype=np.float64)
     below = np.ones_like(above) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -114,13 +113,8 @@ def _checked(
     return [above, below]
 
 
-def _paired(
-    ours: Sequence[float] | Floats,
-    our_weights: Sequence[float] | Floats | None,
-    theirs: Sequence[float] | Floats,
-    their_weights: Sequence[float] | Floats | None,
-) -> list[Floats]:
-    first, second = _checked(ours, our_weights), _checked(theirs, their_weights)
+def _paired(*sides: tuple[Values, Values | None]) -> list[Floats]:
+    first, second = (_checked(*side) for side in sides)
     if first[0].size != second[0].size:
         raise ValueError(f"cannot pair {first[0].size} prompts with {second[0].size}")
     return first + second

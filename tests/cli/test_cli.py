@@ -91,7 +91,7 @@ def test_readme_and_docs_name_no_option_that_no_command_has():
     """But for lines that show other tools; the log tells of what was."""
     known = {one for _, parameters in commands() for p in parameters for one in p.opts}
     known |= {one.replace("--", "--no-", 1) for one in known} | {"--help", "--help-all"}
-    known |= {"--multi_gpu", "--tuned", "--outfile"}  # other tools', and a benchmark's
+    known |= {"--multi_gpu", "--tuned", "--outfile", "--figures"}  # other tools', and benchmarks'
     root = Path(__file__).parents[2]
     wrong = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):

@@ -1,12 +1,11 @@
 """Every command that reads rows reads them alike, says what is lost, and keeps the numbers."""
 
 import pytest
-from data_rows import byte_tokenizer, turns, write
+from data_rows import byte_tokenizer, write
 
 from melinoe.checkpoint import read_metadata
 from melinoe.data import Encoded, count_losses, encode, load_examples
 from melinoe.errors import DataError
-from melinoe.evaluate import reference
 
 # Prompts of 3 to 6 words: at 5 tokens the completion of four (and its end) does not fit.
 ROWS = [{"q": " ".join(["w2"] * n), "a": "w5 w6 w7 w8", "id": n} for n in (3, 4, 5, 6)]
@@ -94,17 +93,9 @@ def test_losses_are_counted_by_hand():
     }
 
 
-def test_a_reference_is_the_turn_that_is_learned(tmp_path):
-    """Not a later one that is marked as context; a call of a function has no words."""
-    chat = turns(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
-    chat[3]["weight"] = 0
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    rows = [{"messages": chat}, {"messages": [chat[0], call]}, {"prompt": "p"}]
-    spoken, calls, prompt = load_examples(write(tmp_path / "r.jsonl", *rows), prompts=True)
-    assert reference(spoken) == "2"
-    for example in (calls, prompt):
-        with pytest.raises(DataError, match=example.source):
-            reference(example)
+def test_a_prompt_alone_has_nothing_to_learn(tmp_path):
+    """It will do to answer; encoding it for training will not."""
+    (prompt,) = load_examples(write(tmp_path / "r.jsonl", {"prompt": "p"}), prompts=True)
     with pytest.raises(DataError, match="nothing to learn"):
         encode([prompt], byte_tokenizer(), 9)
 

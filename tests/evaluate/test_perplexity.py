@@ -1,7 +1,6 @@
 """Perplexity and exact match: against sums by hand, the model's own loss, and worked answers."""
 
 import math
-from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -14,11 +13,9 @@ from melinoe.data import Encoded
 from melinoe.errors import DataError, ModelError
 from melinoe.evaluate import (
     Perplexity,
-    extract_answer,
     perplexity,
     perplexity_increase,
     quality_record,
-    right_answers,
 )
 
 tiny_model = partial(small_olmoe, initializer_range=0.02, eos_token_id=1)
@@ -147,50 +144,6 @@ def test_a_loss_that_is_not_finite_names_the_example():
     encoded = [Encoded([3, 4, 5], [False, True, True]), Encoded([3, 9, 5], [False, True, True])]
     with pytest.raises(ModelError, match="example 1"):
         perplexity(model, encoded, batch_size=1)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so 3 + 4 = 7\n#### 7", 7),
-        ("#### 1,234", 1234),
-        ("#### $1,234.50", Decimal("1234.5")),
-        ("#### -5", -5),
-        ("#### -$5", -5),
-        ("#### $-5", -5),
-        ("####12", 12),
-        ("#### 5.00", 5),
-        ("#### 72.", 72),
-        ("#### .5", Decimal("0.5")),
-        ("#### 7\n\nQuestion: more?\n#### 8", 7),
-        ("the answer is 7", None),
-        ("#### seven", None),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_answers_are_read(text, answer):
-    """The number behind the first mark, commas and dollars gone."""
-    assert extract_answer(text) == answer
-
-
-def test_right_answers_are_told_from_wrong_and_missing_ones():
-    """Right, right in other writing, wrong, and silent."""
-    right = right_answers(
-        ["... #### 1,000", "#### 5.0", "#### 3", "I do not know"],
-        ["#### 1000", "#### 5", "#### 4", "#### 5"],
-    )
-    assert right.tolist() == [1, 1, 0, 0]
-
-
-def test_answers_need_questions_and_references_need_answers():
-    """Nothing to score, and a solution without its line, are the data's faults."""
-    with pytest.raises(DataError):
-        right_answers([], [])
-    with pytest.raises(DataError, match="reference 0"):
-        right_answers(["#### 1"], ["1"])
-    with pytest.raises(ValueError):
-        right_answers(["#### 1"], [])
 
 
 def test_a_quality_record_holds_what_reports_read():

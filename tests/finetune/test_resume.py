@@ -26,8 +26,6 @@ from melinoe.errors import (
 )
 from melinoe.finetune import train
 from melinoe.finetune.resume import (
-    check_same_run,
-    identity,
     list_checkpoints,
     newest_checkpoint,
     random_state,
@@ -260,22 +258,6 @@ def test_a_checkpoint_of_a_run_that_replayed_other_text_is_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"another run \(another anchor text\)"):
         in_memory(tmp_path, resume=True, anchor=examples(2, 6), **replaying)
     in_memory(tmp_path, resume=True, anchor=examples(2, 5), **replaying)
-
-
-def test_a_checkpoint_of_settings_that_are_gone_is_refused(tmp_path):
-    """Trained under a prior, it would go on without; at a value that holds now, it goes on."""
-    in_memory(tmp_path, steps=2)
-    state = list_checkpoints(tmp_path)[0] / "state.json"
-    written = json.loads(state.read_text())
-    for value in (0.2, 0.0):
-        run_of = written["run"] | {"cache_prior": value, "rank_reduce": "sum"}
-        state.write_text(json.dumps(written | {"run": run_of}))
-        if value:
-            with pytest.raises(TrainingError, match=r"no longer has \(cache_prior 0\.2\)"):
-                in_memory(tmp_path, resume=True, steps=2)
-    in_memory(tmp_path, resume=True, steps=2)
-    with pytest.raises(TrainingError, match=r"no longer has \(weight_decay 0\.1\)"):
-        check_same_run(tmp_path, {"weight_decay": 0.1}, identity(settings()), "delete it")
 
 
 def test_a_checkpoint_holds_only_what_is_trained(tmp_path):

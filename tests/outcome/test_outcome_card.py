@@ -68,11 +68,11 @@ def test_a_hub_base_and_data_set_stand_in_the_front_matter(copy):
 
 
 def test_a_card_without_measurements_says_so(copy):
-    """And draws the losses alone; a plain run is called one."""
+    """And draws nothing; a plain run is called one."""
     write_metadata(copy, {"settings": {"lambda_cache": 0.0}, "log": [{"step": 3, "nll": 2.0}]})
     files = write_card(copy)
     text = files[0].read_text()
-    assert [file.name for file in files] == ["README.md", "melinoe-training.svg"]
+    assert [file.name for file in files] == ["README.md"]
     assert "Nothing was measured" in text and "on next tokens alone" in text
 
 
@@ -84,19 +84,14 @@ WITHOUT = "fine-tuned without locality terms"
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_reuse": 0.3}, AIM),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_concentration": 0.3}, AIM),
         ({"lambda_cache": 0.0, "lambda_rank": 0.0}, PLAIN),
-        ({"lambda_cache": 0.0, "lambda_rank": 0.1, "anchor": "none"}, PLAIN),
         ({"lambda_cache": 0.0, "lambda_rank": 0.1}, WITHOUT),
-        (
-            {"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_distill": 1.0},
-            WITHOUT,
-        ),
-        ({"lambda_cache": 0.0, "cache_prior": 0.0, "lambda_match": 10.0}, WITHOUT),
+        ({"lambda_cache": 0.0, "lambda_replay": 10.0}, WITHOUT),
     ],
 )
 def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
-    """The aim and no more: the reuse term is one for locality too, an anchor is none."""
+    """The aim and no more: each term for locality is one."""
     write_metadata(copy, read_metadata(copy) | {"settings": settings})
     text = write_card(copy)[0].read_text()
     assert said in text

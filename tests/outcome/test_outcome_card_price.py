@@ -97,7 +97,7 @@ def test_a_control_trained_otherwise_is_not_called_like_for_like(held):
     whole = "what differs from it is their doing"
     assert whole in "\n".join(body(held))
     metadata = read_metadata(held)
-    metadata["outcome"]["control_run"]["settings"]["lambda_match"] = 7.0
+    metadata["outcome"]["control_run"]["settings"]["lambda_replay"] = 7.0
     write_metadata(held, metadata)
     assert whole not in "\n".join(body(held))
 

@@ -50,7 +50,10 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
         (THEIRS | {"data": {"examples": 9, "tokens_sha256": "e"}}, "other data"),
         (THEIRS | {"data": {"examples": 8, "tokens_sha256": "d"}}, None),  # one was too long
         (THEIRS | {"data": None, "processes": None, "base_fingerprint": None}, None),
-        (THEIRS | {"settings": SETTINGS_OF | OFF | {"cache_prior": 1.0}}, "with locality terms"),
+        (
+            THEIRS | {"settings": SETTINGS_OF | OFF | {"lambda_concentration": 1.0}},
+            "with locality terms",
+        ),
         (THEIRS | {"settings": SETTINGS_OF | OFF | {"lambda_rank": 0.0}}, "lambda_rank 0.0 in it"),
         (
             THEIRS | {"settings": SETTINGS_OF | OFF | {"keep": "best", "save": "both"}},

@@ -4,8 +4,8 @@ import pytest
 
 from melinoe.report.card import NO_CHANGE, verdict
 
-SETTINGS = {"lambda_cache": 1.0, "steps": 200, "lambda_match": 10.0}
-ALIKE = {"lambda_cache": 0.0, "cache_prior": 0.0, "steps": 200, "lambda_match": 10.0}
+SETTINGS = {"lambda_cache": 1.0, "steps": 200, "lambda_replay": 10.0}
+ALIKE = {"lambda_cache": 0.0, "steps": 200, "lambda_replay": 10.0}
 CONTROL = "its control, the same training without the locality terms"
 
 
@@ -100,7 +100,7 @@ def test_without_a_control_nothing_is_the_locality_terms_doing():
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        (ALIKE | {"lambda_match": 0.0}, "not like for like (it differs in lambda\\_match"),
+        (ALIKE | {"lambda_replay": 0.0}, "not like for like (it differs in lambda\\_replay"),
         (None, "no record says how it was trained"),
     ],
 )

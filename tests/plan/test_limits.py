@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.limits import HIT_RATES, record, row
+from benchmarks.tables import update_readme
 from melinoe.plan.facts import known_models, model_facts
-from melinoe.report import update_readme
 from tests.plan.conftest import PUBLISHED
 
 # layers, experts, top-k, hidden size d, expert width f

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from melinoe.report import update_readme
+from benchmarks.tables import update_readme
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "benchmarks" / "results" / "evidence.jsonl"

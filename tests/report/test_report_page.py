@@ -81,9 +81,9 @@ def test_every_element_closes(page):
 
 
 def test_every_figure_says_what_it_shows(page):
-    """Locality, two curves, three losses: six panels, each with words for who cannot see it."""
+    """Locality and two curves: three panels, each with words for who cannot see it."""
     text = page.read_text()
-    assert len(drawings(page)) == text.count('<img alt="') == 6
+    assert len(drawings(page)) == text.count('<img alt="') == 3
     assert 'alt=""' not in text
 
 
@@ -150,12 +150,12 @@ def test_a_price_is_said_of_a_like_for_like_control_alone(records, tmp_path):
     for weight in (0.0, 10.0):
         for record in records:
             if record["kind"] == "training" and record["model"] == "fine-tuned":
-                record["settings"] = {"steps": 300, "lambda_cache": 1.0, "lambda_match": weight}
+                record["settings"] = {"steps": 300, "lambda_cache": 1.0, "lambda_replay": weight}
         write_report(records, tmp_path / "r.html")
         said[weight] = (tmp_path / "r.md").read_text()
     assert "Its price in perplexity, over the control, the same training without the" in said[0.0]
     assert "not like for like" not in said[0.0]
-    unlike = "not like for like (it differs in lambda\\_match too, so that no difference is the"
+    unlike = "not like for like (it differs in lambda\\_replay too, so that no difference is the"
     assert said[10.0].count(unlike) == 3  # the finding, and below both tables
     assert "price in perplexity" not in said[10.0]
 
@@ -195,7 +195,6 @@ def test_words_from_records_are_escaped(records, tmp_path):
         ("curve", "Cache size and policy"),
         ("quality", "Quality"),
         ("predictor", "Prediction"),
-        ("training", "Training"),
     ],
 )
 def test_a_section_without_records_is_left_out_with_a_note(records, tmp_path, kind, title):

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from melinoe.report import render_table, update_readme
+from benchmarks.tables import update_readme
+from melinoe.report import render_table
 from melinoe.report.comparing import factor, increase, quotient
 from melinoe.report.records import read_records
-from melinoe.report.tables import comparison_table, score_table
+from melinoe.report.tables import comparison_table
 
 
 def estimate(mean, half=0.0, n=4):
@@ -62,39 +63,27 @@ def test_an_increase_over_several_texts_is_their_geometric_mean():
 
 
 @pytest.fixture
-def scored():
-    about = {"domain": "gsm8k", "metric": "exact_match"}
+def compared():
+    about = {"kind": "comparison", "model": "fine-tuned", "other": "base", "domain": "gsm8k"}
     return [
-        {"kind": "score", "model": "base", **about, "score": estimate(0.0, 0.0, 8), "right": 0},
-        {"kind": "score", "model": "fine-tuned", **about, "score": estimate(0.25, 0.2, 8),
-         "right": 2, "how": "greedy"},
-        {"kind": "comparison", "model": "fine-tuned", "other": "base", **about,
-         "change": estimate(0.25, 0.2, 8), "relative": False, "better": "fine-tuned"},
-        {"kind": "comparison", "model": "fine-tuned", "other": "base", "domain": "gsm8k",
-         "metric": "perplexity", "change": estimate(0.01, 0.02, 8), "relative": True},
+        {**about, "metric": "exact_match", "change": estimate(0.25, 0.2, 8), "relative": False,
+         "better": "fine-tuned"},
+        {**about, "metric": "perplexity", "change": estimate(0.01, 0.02, 8), "relative": True},
     ]  # fmt: skip
 
 
-def test_scores_and_comparisons_become_tables(scored):
-    """A row per metric with how many were right; a row per comparison with the better model."""
-    found = read_records(scored)
-    (row,) = score_table(found).rows
-    assert [cell.inline() for cell in row] == [
-        "gsm8k: exact match",
-        "0.00 [0.00–0.00] (0 of 8)",
-        "0.250 [0.050–0.450] (2 of 8)",
-    ]
-    first, second = ([cell.inline() for cell in row] for row in comparison_table(found).rows)
+def test_comparisons_become_a_table(compared):
+    """A row per comparison with the better model."""
+    table = comparison_table(read_records(compared))
+    first, second = ([cell.inline() for cell in row] for row in table.rows)
     assert first[1:] == ["0.250 [0.050–0.450]", "fine-tuned"]
     assert second[1:] == ["+1.0 % [−1.0, +3.0]", "no difference shown"]
-    assert "exact match" in render_table(scored, "markdown")
+    assert "exact match" in render_table(compared, "markdown")
 
 
-def test_scores_and_comparisons_fill_their_places_in_a_markdown_file(scored, tmp_path):
-    """The tables of the page, under the names `scores` and `comparisons`."""
+def test_comparisons_fill_their_place_in_a_markdown_file(compared, tmp_path):
+    """The table of the page, under the name `comparisons`."""
     path = tmp_path / "study.md"
-    names = ("scores", "comparisons")
-    path.write_text("".join(f"<!-- report:{one} --><!-- /report:{one} -->\n" for one in names))
-    assert update_readme(path, scored) == list(names)
-    assert "| gsm8k: exact match | 0.00 [0.00–0.00] (0 of 8) |" in path.read_text()
+    path.write_text("<!-- report:comparisons --><!-- /report:comparisons -->\n")
+    assert update_readme(path, compared) == ["comparisons"]
     assert "| exact match, gsm8k: fine-tuned against base |" in path.read_text()

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from benchmarks.tables import benchmark_table, benchmark_tables, update_readme
 from melinoe.errors import DataError
-from melinoe.report import read_records, update_readme
-from melinoe.report.tables import benchmark_table, benchmark_tables
+from melinoe.report import read_records
 
 TEXT = """# Title
 

@@ -9,12 +9,13 @@ from report_records import estimate, serve_record
 from trace_builder import TraceBuilder
 from typer.testing import CliRunner
 
+from benchmarks.tables import benchmark_table
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError
 from melinoe.measure import trace_records
 from melinoe.report import read_records
 from melinoe.report.page import assemble
-from melinoe.report.tables import benchmark_table, servings
+from melinoe.report.tables import servings
 
 
 def two_sequences():
@@ -113,13 +114,7 @@ def test_a_bench_stands_beside_a_demo_and_changes_none_of_its_tables():
     more = [benched("lru", 8), benched("lfu", 16)]
     assert servings(read_records(demo)) == servings(read_records([*demo, *more, BENCH]))
     where = sections(assemble(read_records([*demo, *more, BENCH])))
-    assert where["Strategies"] == ["main"] and where["Benchmarks"] == ["bench"]
-
-
-def test_a_bench_alone_is_the_report_s_first_table():
-    """No comparison of models stands before it."""
-    found = read_records([benched("lru", 8), BENCH])
-    assert next(iter(sections(assemble(found)).values())) == ["bench"]
+    assert where["Strategies"] == ["main"]
 
 
 def test_what_brackets_mean_is_said_where_there_are_some():

@@ -28,7 +28,7 @@ def test_each_answer_follows_the_whole_chat(say, offline):
     second = write(f"user: Hello\nassistant: {first}\nuser: More\nassistant:", 6)
     code, out, err = say("Hello", "More", "/cost", "/exit", "never read")
     assert code == 0 and out == f"{first}\n{second}\n"
-    assert "hit rate" in err and "expert loads a token" in err
+    assert "hit rate" in err and "experts loaded for each token" in err
 
 
 def test_a_chat_begins_anew_with_its_system_message(say, offline):

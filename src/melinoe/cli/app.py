@@ -7,9 +7,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from melinoe.cli import (
-    batch,
     bench,
-    chat,
     checkpoints,
     doctor,
     evaluate,
@@ -30,10 +28,10 @@ _LONGEST = 1000  # characters of an error that are printed
 # Commands under their headings, in the order of the help.
 _COMMANDS: dict[str, dict[str, Any]] = {
     "Run a model": {
-        "chat": chat.command,
+        "chat": generate.chat,
         "serve": serve.command,
         "generate": generate.command,
-        "batch": batch.command,
+        "batch": serve.batch,
         "plan": plan.command,
         "doctor": doctor.command,
         "pack": checkpoints.pack,
@@ -123,7 +121,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:  # a path that cannot be used, or a disk that is full or gone
-        place = f"{error.filename}: " if error.filename is not None else ""
+        place = "" if error.filename is None else f"{error.filename}: "
         _fail(error, f"{place}{error.strerror or error}; give another path, or put that right")
     except MemoryError as error:
         _fail(error, "out of memory; give it more, or ask for fewer slots or shorter texts")

@@ -116,19 +116,16 @@ def card(
 
 def demo(
     out: options.Out = Path("runs/demo"),
-    seed: Annotated[int, option("Seed of everything that is random.", **options.SEEDS)] = 0,
-    quick: Annotated[
-        bool, option("Take a minute instead of eight, for figures that mean nothing.")
-    ] = False,
+    seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune the shipped model twice, trace, predict and serve it; print a table."""
     from melinoe.checkpoint import check_output
-    from melinoe.demo import run
+    from melinoe.demo import DemoSettings, run
 
     check_output(out)
     output.quiet()
-    table = run(out, seed=seed, quick=quick, say=output.say)
+    table = run(out, DemoSettings(seed=seed), say=output.say)
     if as_json:
         lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
         output.show_json([json.loads(line) for line in lines])

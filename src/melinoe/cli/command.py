@@ -22,18 +22,9 @@ from typer.core import TyperCommand, TyperGroup
 from melinoe.errors import MelinoeError
 
 HELP_ALL = "--help-all"
-_PLACEHOLDERS = (
-    (r"<(list\[)?int( range)?\]?>", "N"),
-    (r"<(list\[)?float( range)?\]?>", "X"),
-    (r"<(list\[)?str\]?>", "TEXT"),
-    (r"<(list\[)?[pP]ath\]?>", "PATH"),
-)
-_KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+_WORDS = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH"}  # in place of types
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS |= {stat.S_IFSOCK: "a socket"}
 # What a shell opens for a command: `<(...)`, and standard input by its name.
 _OPENED = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
 # Text that a command reads as it stands, and that names no file.
@@ -74,8 +65,8 @@ class Command(TyperCommand):
 
 def _shortened(param: Any, name: str, text: str) -> tuple[str, str]:
     """Give one word for a type, and the one name of a flag that is off by default."""
-    for pattern, word in _PLACEHOLDERS:
-        name = re.sub(pattern, word, name)
+    for kind, word in _WORDS.items():
+        name = re.sub(rf"<(list\[)?{kind}( range)?\]?>", word, name, flags=re.IGNORECASE)
     if getattr(param, "is_flag", False) and param.default is False:
         name, text = name.split(" / ")[0], text.split("  [default: ")[0]
     return name, text
@@ -117,28 +108,22 @@ def with_settings(
     are the command's own, where they are not those of the class.
     """
     by_name = {one.name: one for one in fields(settings)}
-    named = [name for names in panels.values() for name in names]
-    hints = get_type_hints(settings)
+    panel_of = {name: panel for panel, names in panels.items() for name in names}
+    hints, only = get_type_hints(settings), inspect.Parameter.KEYWORD_ONLY
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [one for one in signature.parameters.values() if one.name != "given"]
-        options = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, by_name[name].default),
-                annotation=Annotated[_type(hints[name]), option(_help(by_name[name]), panel)],
-            )
-            for panel, names in panels.items()
-            for name in names
-        ]
+        parameters = [one.replace(kind=only) for one in own]
+        for name, panel in panel_of.items():
+            kind = Annotated[_type(hints[name]), option(_help(by_name[name]), panel)]
+            default = defaults.get(name, by_name[name].default)
+            parameters.append(inspect.Parameter(name, only, default=default, annotation=kind))
 
         def wrapped(**values: Any) -> None:
-            given = {name: _value(values.pop(name)) for name in named}
+            given = {name: _value(values.pop(name)) for name in panel_of}
             command(**values, given=given)
 
-        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + options
         wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {one.name: one.annotation for one in parameters}
         wrapped.__doc__ = command.__doc__

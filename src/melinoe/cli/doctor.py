@@ -1,7 +1,5 @@
 """`melinoe doctor`: say what a model is, what fits, and what other engines would read otherwise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -46,15 +44,11 @@ def command(
     if export:
         _show_export(name, reference, as_json)
         return
-    from melinoe.checkpoint import describe
     from melinoe.checkpoint.verifying import verify as verify_files
     from melinoe.engine.budget import memory_of, slots_for
-    from melinoe.errors import UnsupportedModelError
     from melinoe.host_memory import format_bytes, host_memory
 
-    about = describe(name)
-    if not about.supported:
-        raise UnsupportedModelError(about.reason or "")
+    about = models.described(name)
     fast, verified = _fast_engine(name), None
     if verify:
         output.say("reading every byte")
@@ -98,12 +92,12 @@ def command(
     rows["device engine"] = fast["cannot_run"] or f"runs here; {fast['decoding']}"
     rows["a cache to capture"] = fast["not_captured"] or "yes, a static one"
     if verified is not None:
-        parts = [
-            f"{verified.recorded} files are what melinoe.json says",
-            f"{verified.named} what the hub named them by",
-            f"{verified.unknown} shards were read, and nobody recorded their sums",
-        ]
-        said = [part for part in parts if not part.startswith("0 ")]
+        parts = {
+            "files are what melinoe.json says": verified.recorded,
+            "what the hub named them by": verified.named,
+            "shards were read, and nobody recorded their sums": verified.unknown,
+        }
+        said = [f"{count} {words}" for words, count in parts.items() if count]
         said += ["the routers are those it was written for"] * verified.fingerprint
         rows["verified"] = "; ".join(said)
     output.show_table(model, [{"": key, " ": value} for key, value in rows.items()])
@@ -136,7 +130,7 @@ def _show_export(name: str, reference: Path | None, as_json: bool) -> None:
     """Print what other engines read otherwise, and write *reference* if one is asked for."""
     from melinoe.checkpoint.export_rules import find_export_faults
 
-    found = [one._asdict() for one in find_export_faults(name)]
+    found = find_export_faults(name)
     if reference is not None:
         from melinoe.checkpoint import load_model, load_tokenizer, open_checkpoint
         from melinoe.measure import write_json
@@ -149,10 +143,10 @@ def _show_export(name: str, reference: Path | None, as_json: bool) -> None:
         write_json(reference, record)
         output.say(f"wrote {reference}")
     if as_json:
-        output.show_json({"model": name, "export": found})
+        output.show_json({"model": name, "export": [one._asdict() for one in found]})
         return
     for one in found:
-        change = "" if one["changes_results"] else " (no other results)"
-        print(f"{one['engines']}: {one['what']}{change}: {one['why']}")
+        change = "" if one.changes_results else " (no other results)"
+        print(f"{one.engines}: {one.what}{change}: {one.why}")
     if not found:
         output.say(f"{name}: no rule is known by which another engine computes something else")

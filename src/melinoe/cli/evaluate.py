@@ -17,16 +17,12 @@ _LOCALITY = "With --locality"
 
 @dataclass
 class _Found:
-    """Results of one model: scores by text, further records, loads at each cache size."""
+    """Results of one model: losses by text, all records, loads and tokens by metric."""
 
     label: str
-    scores: list[Any] = field(default_factory=list)
-    more: list[dict[str, Any]] = field(default_factory=list)
-    caches: dict[tuple[str, str, int], dict[str, list[int]]] = field(default_factory=dict)
-
-    def records(self) -> list[dict[str, Any]]:
-        """List all of it for `report`."""
-        return [record for scores in self.scores for record in scores.records()] + self.more
+    losses: dict[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rates: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Tell of progress."""
@@ -41,10 +37,6 @@ def command(
         str | None, typer.Argument(help="A second model to compare with, example by example.")
     ] = None,
     limit: options.Limit = None,
-    rouge: Annotated[bool, option("Also generate, and score ROUGE-L.", name="--rouge")] = False,
-    answers: Annotated[
-        bool, option("Also generate, and compare the number after '####'.", name="--answers")
-    ] = False,
     locality: Annotated[
         bool, option("Also trace: experts used, loads for each token.", name="--locality")
     ] = False,
@@ -72,7 +64,7 @@ def command(
     if at_slots and not locality:
         raise typer.BadParameter("goes with --locality", param_hint="--at-slots")
     from melinoe.data import encode
-    from melinoe.evaluate import price_of_choice, score
+    from melinoe.evaluate import perplexity, price_of_choice, quality_record
 
     choice = models.choice_settings(given)
     texts = named_texts(data, other or [], split, limit, columns)  # before any model is read
@@ -83,29 +75,15 @@ def command(
         loaded, handle, tokenizer = models.open_model(name, given, choose=False)
         for domain, (examples, in_domain) in texts.items():
             one.say(f"{domain}, {len(examples)} examples")
-            one.scores.append(
-                score(
-                    loaded,
-                    tokenizer,
-                    examples,
-                    label,
-                    domain,
-                    in_domain=in_domain,
-                    rouge=rouge and in_domain,
-                    answers=answers and in_domain,
-                    max_length=max_length,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    progress=one.say,
-                )
-            )
+            encoded = encode(examples, tokenizer, max_length)
+            one.losses[domain] = perplexity(loaded, encoded, batch_size)
+            one.records.append(quality_record(one.losses[domain], label, domain, in_domain))
             if choice.kind != "exact":
-                encoded = encode(examples, tokenizer, max_length)
                 about: dict[str, Any] = {"in_domain": in_domain, "progress": one.say}
                 record, priced = price_of_choice(
                     loaded, handle, encoded, choice, label, domain, **about
                 )
-                one.more.append(record)
+                one.records.append(record)
                 comparisons += priced
         if locality:
             examples = next(iter(texts.values()))[0][:prompts]
@@ -115,17 +93,24 @@ def command(
         del loaded, handle
         gc.collect()
         found.append(one)
-        _append(out, one.records())
+        _append(out, one.records)
     comparisons += _compare(*found) if other_model else []
     compared = [comparison.to_record() for comparison in comparisons]
     _append(out, compared)
-    records = [record for one in found for record in one.records()] + compared
+    records = [record for one in found for record in one.records] + compared
     if as_json:
         output.show_json(records)
         return
     output.show_table("means with 95 % intervals over examples", list(_rows(records)))
-    for line in [*remarks(records), *(comparison.sentence for comparison in comparisons)]:
-        print(line)
+    for record in records:
+        if record["kind"] == "locality":
+            print(
+                f"{record['model']}: all completions together use "
+                f"{record['distinct_experts']:.1f} of {record['num_experts']} experts, mean over "
+                "layers; caches were emptied before each prompt"
+            )
+    for comparison in comparisons:
+        print(comparison.sentence)
 
 
 def _append(out: Path | None, records: Sequence[dict[str, Any]]) -> None:
@@ -162,7 +147,7 @@ def _locality(
     from melinoe.config import experts_in_share
     from melinoe.data import encode, encode_prompts
     from melinoe.generate import trace_prompts
-    from melinoe.measure import completion_counts, curve_record, locality_record, reading_trace
+    from melinoe.measure import completion_costs, locality_record, rates_by_slots, reading_trace
 
     prompts = encode_prompts(examples, tokenizer, text_tokens=max_length)
     written = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=one.say)
@@ -172,29 +157,30 @@ def _locality(
     sizes = sorted(set(at_slots or shares))
     for doing, trace in (("writing", written), ("reading", read)):
         name = one.label if doing == "writing" else f"{one.label}, reading"
-        one.more.append(locality_record(trace, name))
+        one.records.append(locality_record(trace, name))
         for policy in ("lru", "lfu"):
-            one.more.append(curve_record(trace, name, policy, sizes))
-            for size in sizes:
-                one.caches[doing, policy, size] = completion_counts(trace, size, policy)
+            costs = completion_costs(trace, sizes, policy)
+            about = {"kind": "curve", "model": name, "policy": policy}
+            about |= {"num_experts": trace.num_experts}
+            one.records.append(about | rates_by_slots(sizes, costs))
+            for size, loads in zip(sizes, costs.loads, strict=True):
+                metric = f"transfers per token {doing} ({policy.upper()}, {size} slots)"
+                one.rates[metric] = (loads, costs.tokens)
 
 
 def _compare(ours: _Found, theirs: _Found) -> list[Any]:
     """Compare the two models in everything that can be paired."""
-    from melinoe.evaluate import compare_rates
+    from melinoe.evaluate import compare_perplexity, compare_rates
 
-    comparisons = []
-    for one, two in zip(ours.scores, theirs.scores, strict=True):
-        comparisons += one.against(two)
-    for key, counts in ours.caches.items():
-        base = theirs.caches.get(key)
-        if base is None or not sum(base["loads"]):
-            continue
-        mine, rival = ((one["loads"], one["tokens"]) for one in (counts, base))
-        metric = f"transfers per token {key[0]} ({key[1].upper()}, {key[2]} slots)"
-        names = (ours.label, theirs.label, ours.scores[0].domain, metric)
-        comparisons.append(compare_rates(mine, rival, *names))
-    return comparisons
+    found = [
+        compare_perplexity(one, theirs.losses[domain], ours.label, theirs.label, domain)
+        for domain, one in ours.losses.items()
+    ]
+    for metric in ours.rates:
+        if metric in theirs.rates and theirs.rates[metric][0].any():
+            names = (ours.label, theirs.label, next(iter(ours.losses)), metric)
+            found.append(compare_rates(ours.rates[metric], theirs.rates[metric], *names))
+    return found
 
 
 def _rows(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -203,8 +189,6 @@ def _rows(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         kind, named = record["kind"], {}
         if kind == "quality":
             named["perplexity"] = record["perplexity"]
-        elif kind == "score":
-            named[record["metric"].replace("_", " ")] = record["score"]
         elif kind == "locality":
             named["experts per sequence"] = record["experts_per_sequence_mean"]
             named["reuse"] = record["reuse"]
@@ -216,26 +200,3 @@ def _rows(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"model": record["model"], "text": text, "measure": measure, **value}
         for name, rate in record.get("transfers", {}).items() if kind == "quality" else ():
             yield {"model": name, "text": text, "measure": record["transfers_metric"], **rate}
-
-
-def remarks(records: list[dict[str, Any]]) -> list[str]:
-    """Say what an interval over examples does not."""
-    lines = []
-    for record in records:
-        if record["kind"] == "locality":
-            lines.append(
-                f"{record['model']}: all completions together use "
-                f"{record['distinct_experts']:.1f} of {record['num_experts']} experts, mean over "
-                "layers; caches were emptied before each prompt"
-            )
-        if record["kind"] == "score" and "right" in record:
-            right, n = record["right"], record["score"]["n"]
-            line = f"{record['model']}, {record['domain']}: {right} of {n} right"
-            # All resamples are alike where all or none are right: the bootstrap has no width.
-            most = 1 - 0.05 ** (1 / n)  # of errors or successes, none of which was seen
-            if right == 0:
-                line += f"; the rate is below {most:.1%} (95 %)"
-            elif right == n:
-                line += f"; the rate is above {1 - most:.1%} (95 %)"
-            lines.append(line)
-    return lines

@@ -89,7 +89,7 @@ def command(
     On several devices: accelerate launch -m melinoe finetune ... (on the CPU with --multi_gpu; on
     several nodes with OUT on a disk that all share).
     """
-    said = {one for one in context.params if _is_given(context, one)}
+    said = {name for name in context.params if models.is_given(context, name)}
     settings = FinetuneSettings(**given)
     _check_idle(said, settings, anchor_data)
     if control:
@@ -114,15 +114,9 @@ def command(
     base, train = models.resolve(model), held_out.train
     if against not in (None, CONTROL):
         _check_control(against, settings, base, train)
-    common: dict[str, Any] = {
-        "eval_examples": held_out.examples,
-        "anchor_examples": anchor,
-        "progress": output.training_progress,
-        "resume": resume,
-        "gpu_memory": gpu_memory,
-        "ram": ram,
-        "say": output.say,
-    }
+    common: dict[str, Any] = {"eval_examples": held_out.examples, "anchor_examples": anchor}
+    common |= {"progress": output.training_progress, "say": output.say, "resume": resume}
+    common |= {"gpu_memory": gpu_memory, "ram": ram}
     if against == CONTROL:
         output.say("first the control, without the locality terms")
         against = str(train_control(base, train, out, settings, **common))
@@ -138,25 +132,12 @@ def command(
         output.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
     of = None if against is None else Path(against)
-    memory = _memory(result.metadata.get("streamed"), gpu_memory, ram)
+    memory: dict[str, Any] | None = None
+    if streamed := result.metadata.get("streamed"):  # what measuring may take of the run's budget
+        memory = {"gpu_memory": gpu_memory or streamed["budget_bytes"], "ram": ram}
+        if models.resolve_device(None) == "cpu":
+            memory = {"expert_memory": streamed["measuring_bytes"], "store": "disk"}
     finish(result.out, base, data, split, held_out, measure, of, columns, resume, memory)
-
-
-def _memory(
-    streamed: dict[str, Any] | None, gpu_memory: str | None, ram: str | None
-) -> dict[str, Any] | None:
-    """Give the memory that measuring may take of the run's budget; None without a budget."""
-    if streamed is None:
-        return None
-    if models.resolve_device(None) == "cpu":
-        return {"expert_memory": streamed["measuring_bytes"], "store": "disk"}
-    return {"gpu_memory": gpu_memory or streamed["budget_bytes"], "ram": ram}
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Tell whether an option stands on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _check_idle(said: set[str], settings: FinetuneSettings, anchor_data: str | None) -> None:
@@ -197,14 +178,8 @@ def _check_control(against: str, settings: FinetuneSettings, base: str, examples
         routers = fingerprint(load_backbone(checkpoint))
         tokenizer = load_tokenizer(base, checkpoint.config)
     encoded = encode(examples, tokenizer, settings.max_length)
-    check_control(
-        against,
-        {
-            "settings": asdict(settings),
-            "base_fingerprint": routers,
-            "data": {"tokens_sha256": data_fingerprint(encoded)},
-        },
-    )
+    known = {"settings": asdict(settings), "base_fingerprint": routers}
+    check_control(against, known | {"data": {"tokens_sha256": data_fingerprint(encoded)}})
 
 
 def finish(
@@ -222,9 +197,7 @@ def finish(
     """
     Complete a fine-tuned checkpoint, once: its origin, its measured outcome, its card.
 
-    Raises:
-        TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
-            measured.
+    TrainingError: measuring failed; the checkpoint is whole, with a card of what was measured.
     """
     if not output.is_main_process():
         return
@@ -240,17 +213,11 @@ def finish(
             "--eval-data"
         )
     elif measure and not (resume and _is_measured(out, control)):
+        of = {held_out.domain: held_out.examples}
+        how: dict[str, Any] = {"device": models.resolve_device(None), "memory": memory}
+        how |= {"control": control, "say": output.say}
         try:
-            record_outcome(
-                out,
-                base,
-                {held_out.domain: held_out.examples},
-                held_out.others,
-                control=control,
-                device=models.resolve_device(None),
-                memory=memory,
-                say=output.say,
-            )
+            record_outcome(out, base, of, held_out.others, **how)
         except (MelinoeError, OSError) as error:  # or the disk is full
             failed = error
     write_card(out)

@@ -35,14 +35,39 @@ def resolve_device(device: str | None) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def on_gpu(given: dict[str, Any]) -> bool:
-    """Tell whether *given*, values of `Serving`, put the model on a GPU."""
-    return resolve_device(given.get("device")).startswith("cuda")
+def is_given(context: typer.Context, name: str) -> bool:
+    """Tell whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
-def sampling(temperature: float) -> dict[str, Any]:
-    """Give what transformers' `generate` takes to sample at *temperature*; greedy at 0."""
-    return {"do_sample": True, "temperature": temperature} if temperature else {}
+def described(path: str) -> Any:
+    """Describe a checkpoint; UnsupportedModelError for one that cannot be served."""
+    from melinoe.checkpoint import describe
+    from melinoe.errors import UnsupportedModelError
+
+    about = describe(path)
+    if not about.supported:
+        raise UnsupportedModelError(about.reason or "")
+    return about
+
+
+def check_slots(slots: int, experts: int) -> None:
+    """Refuse more slots than a layer has experts."""
+    if slots > experts:
+        from melinoe.errors import BudgetError
+
+        raise BudgetError(
+            f"{slots} slots cannot be in layers of {experts} experts; choose from 1 to {experts}"
+        )
+
+
+def share_budget(given: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Let the budget of a GPU count the keys and values of all requests beside the experts."""
+    said = given.get("slots") is not None or given.get("expert_memory") is not None
+    if said or not resolve_device(given.get("device")).startswith("cuda"):
+        return given
+    return {**given, "batch": 1, "context": tokens}
 
 
 def choice_settings(given: dict[str, Any]) -> Any:
@@ -60,14 +85,15 @@ def open_model(
     """
     Open a model with the experts resident that fit, and say what was chosen.
 
-    *given* are values of `melinoe.cli.options.Serving`, *chat_template* that of --chat-template.
-    Gives the model, its handle and its tokenizer.
+    *given* are values of `melinoe.cli.options.Serving`. Gives model, handle and tokenizer.
     """
     one_of(given["miss"], MISSES, "--miss")
     import torch
 
+    from melinoe.cache.trace import Trace
     from melinoe.checkpoint import load_tokenizer
     from melinoe.engine.load import load
+    from melinoe.moe.routing import fingerprint
 
     dtype = getattr(torch, given["dtype"], None)
     if given["dtype"] != "auto" and not (
@@ -77,24 +103,14 @@ def open_model(
             f"{given['dtype']!r} is not auto, float32 or bfloat16", param_hint="--dtype"
         )
     output.quiet()
-    template = _chat_template(chat_template)
-    choice, source = choice_settings(given), given["allocate_from"]
-    path = resolve(model)
-    options = {
-        name: value
-        for name, value in given.items()
-        if name != "allocate_from" and not name.startswith("choice")
-    }
-    trace = None
-    if source is not None:
-        from melinoe.cache.trace import Trace
-
-        trace = Trace.load(source)
+    template, choice, path = _chat_template(chat_template), choice_settings(given), resolve(model)
+    ours = ("allocate_from", "choice", "choice_strength", "choice_keep")
+    options = {name: value for name, value in given.items() if name not in ours}
+    trace = None if given["allocate_from"] is None else Trace.load(given["allocate_from"])
+    if trace is not None:
         options["slots"] = _slots_by_layer(path, trace, options)
     loaded, handle = load(path, **options)
     if trace is not None:
-        from melinoe.moe.routing import fingerprint
-
         trace.check_model(fingerprint(loaded), trace.num_layers, trace.num_experts)
     tokenizer = load_tokenizer(path, loaded.config)
     if template is not None:
@@ -126,17 +142,13 @@ def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int
     from melinoe.cache.curves import allocate, miss_curves
     from melinoe.checkpoint import describe
 
-    about = describe(path, options["dtype"])
-    wrong = None
+    about, hint = describe(path, options["dtype"]), "--allocate-from"
     if options["slots"] is None:
         wrong = "say how many slots to share out: give --slots, and no amount of memory"
-    elif len(set(about.layers)) > 1:
-        wrong = (
-            "this model's layers have experts of different number or size, so slots cannot be "
-            "moved between them; leave it out"
-        )
-    if wrong is not None:
-        raise typer.BadParameter(wrong, param_hint="--allocate-from")
+        raise typer.BadParameter(wrong, param_hint=hint)
+    if len(set(about.layers)) > 1:
+        wrong = "this model's layers have experts of different number or size, so slots cannot be "
+        raise typer.BadParameter(f"{wrong}moved between them; leave it out", param_hint=hint)
     trace.check_model(trace.fingerprint, about.moe_layers, about.num_experts, about.top_k)
     cost = miss_curves(trace, options["policy"])[COMPLETION]
     split = allocate(cost, options["slots"] * about.moe_layers, at_least=trace.top_k)
@@ -145,11 +157,7 @@ def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int
 
 
 def open_backbone(trace: Any, path: Path, model: str | None) -> tuple[Any, Any]:
-    """
-    Open the model of a loaded trace, which *path* held, without its experts, and its tokenizer.
-
-    *model* names it; absent: as the trace says. Another one is refused.
-    """
+    """Open a trace's model (*model*, else as it says) without experts; refuse another model."""
     from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
     from melinoe.errors import TraceError
     from melinoe.moe.routing import fingerprint
@@ -189,12 +197,9 @@ def prefetchers(
     """
     Make the prefetches that a command line asks for: name to prefetcher, None for ``none``.
 
-    Args:
-        named: Given for --prefetch. Absent: those that predictor and popularity are for.
-        predictor: Given for --predictor.
-        popularity: A trace given for --popularity, or counts, which ask for nothing. Absent: the
-            predictor's.
-        several: Whether more than one may be asked for.
+    *named* stands for --prefetch, absent: those that predictor and popularity are for;
+    *popularity* is a trace given for --popularity, or counts, which ask for nothing, absent: the
+    predictor's; with *several* more than one may be asked for.
     """
     from melinoe.cache import prefetch
 

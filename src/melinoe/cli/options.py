@@ -35,7 +35,9 @@ Prompts = Annotated[
 Raw = Annotated[
     bool, option("Leave out the chat template that the tokenizer brings.", name="--raw")
 ]
-SEEDS = {"min": 0, "max": 2**32 - 1}
+Seed = Annotated[int, option("Seed of everything that is random.", min=0, max=2**32 - 1)]
+TraceFile = Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")]
+TraceOut = Annotated[Path, option("The trace file to write (.safetensors).")]
 NewTokens = Annotated[int, option("Generate at most this many tokens.", min=1)]
 Temperature = Annotated[
     float, option("Sample at this temperature. 0: take the likeliest token.", min=0)

@@ -52,7 +52,7 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
         justify: Any = "left" if any(isinstance(row[name], str) for row in rows) else "right"
         table.add_column(name.replace("_", " "), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
+        table.add_row(*(Text(_cell(row.get(name))) for name in rows[0]))
     Console().print(table)
 
 

@@ -64,7 +64,7 @@ def command(
     if out is not None and not cards:
         raise typer.BadParameter("only --cards writes a record", param_hint="--out")
     idle = (bits, trace, tuned_trace, device_bandwidth, reserve)
-    if finetune and any(one not in (None, False) for one in idle):
+    if finetune and any(one is not None for one in idle):
         raise typer.BadParameter(
             "takes --card, --gpu-memory, --ram, --link, --disk, --batch, --context and --lora-rank",
             param_hint="--finetune",
@@ -77,14 +77,11 @@ def command(
         return
     if model is None:
         raise typer.BadParameter("name a model, or use --cards", param_hint="MODEL")
+    machine: dict[str, Any] = {"gpu_memory": gpu_memory, "card": card, "ram": ram}
+    machine |= {"link": link, "disk": disk}
     if finetune:
-        said = {"max_length": "context", "batch_size": "batch"}
-        sizes: dict[str, Any] = {
-            setting: given.params[name]
-            for setting, name in said.items()
-            if (source := given.get_parameter_source(name)) and source.name != "DEFAULT"
-        }
-        machine = {"gpu_memory": gpu_memory, "card": card, "ram": ram, "link": link, "disk": disk}
+        said = {"context": ("max_length", context), "batch": ("batch_size", batch)}
+        sizes = dict(said[name] for name in said if models.is_given(given, name))
         _show_finetuning(model, sizes | {"lora_rank": lora_rank}, machine, as_json)
         return
     from melinoe.cache.trace import Trace
@@ -94,12 +91,8 @@ def command(
 
     done = plan(
         models.resolve(model),
-        gpu_memory=gpu_memory,
-        card=card,
-        ram=ram,
-        link=link,
+        **machine,
         device_bandwidth=device_bandwidth,
-        disk=disk,
         reserve=reserve,
         context=context,
         batch=batch,
@@ -128,9 +121,8 @@ def _show_finetuning(
     if as_json:
         output.show_json(done.to_dict())
         return
-    steps = f"{asked.batch_size} texts of {asked.max_length} tokens a step"
-    print(f"{model}, {steps}: {done.plan}.")
     print(
+        f"{model}, {asked.batch_size} texts of {asked.max_length} tokens a step: {done.plan}.\n"
         f"A step reads {size(done.reads_bytes)} of experts if its tokens use all of them: at least "
         f"{done.step_s:.3g} s at {done.rate}, {done.step_s / 3.6:.3g} h for 1,000 steps. Where "
         "computing takes longer, that is the bound."
@@ -140,7 +132,6 @@ def _show_finetuning(
 def _show_cards(out: Path | None, as_json: bool, finetune: bool) -> None:
     from melinoe.measure import write_json
     from melinoe.plan import cards, finetuning
-    from melinoe.report import render_table
 
     record = (finetuning if finetune else cards).forecast_record()
     if out is not None:
@@ -149,7 +140,8 @@ def _show_cards(out: Path | None, as_json: bool, finetune: bool) -> None:
     if as_json:
         output.show_json(record["result"])
     else:
-        print(render_table([record]))
+        output.show_table(record["title"], record["result"])
+        print(*record["notes"])
 
 
 def _show(model: str, done: Plan, left: Any) -> None:

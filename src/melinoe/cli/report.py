@@ -23,40 +23,17 @@ def command(
         list[str] | None,
         option("Replay traces with this policy. Repeatable. Default: those that take seconds."),
     ] = None,
-    readme: Annotated[
-        Path | None, option("Write the tables of this Markdown file instead of a page.")
-    ] = None,
-    figures: Annotated[
-        Path | None, option("Write the figures into this directory instead of a page, as SVG.")
-    ] = None,
-    check: Annotated[
-        bool, option("With --readme: write nothing, fail if it is out of date.")
-    ] = False,
 ) -> None:
-    """Write a self-contained page with tables and figures, or these by themselves."""
-    from melinoe.errors import DataError
-    from melinoe.report import figures_of, page_path, update_readme, write_figures, write_report
+    """Write a self-contained page with tables and figures."""
+    from melinoe.report import page_path, write_report
 
     if policy and not any(run.suffix == ".safetensors" for run in runs):
         raise typer.BadParameter(
             "a policy replays a trace (.safetensors), and none is named", param_hint="--policy"
         )
-    if figures is not None and readme is not None:
-        raise typer.BadParameter("--figures and --readme are two things; give one at a time")
-    if figures is not None:
-        written = write_figures(figures_of(_with_traces(runs, policy)), figures)
-        output.say(f"{figures}: wrote {len(written)} figures")
-    elif readme is None:
-        page_path(out)
-        write_report(_with_traces(runs, policy), out)
-        output.say(f"wrote {out} and {out.with_suffix('.md')}")
-    else:
-        stale = update_readme(readme, list(runs), check=check)
-        if check and stale:
-            raise DataError(
-                f"{readme} is out of date in {', '.join(stale)}; run the same without --check"
-            )
-        output.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
+    page_path(out)
+    write_report(_with_traces(runs, policy), out)
+    output.say(f"wrote {out} and {out.with_suffix('.md')}")
 
 
 def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
@@ -71,6 +48,5 @@ def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
     for run in traces:
         label = f"{run.parent.name}/{run.stem}" if alike else run.stem
         with output.counted(f"replaying {run}") as progress:
-            trace = Trace.load(run)
-            found += trace_records(trace, label, policies or COMPILED_POLICIES, progress)
+            found += trace_records(Trace.load(run), label, policies or COMPILED_POLICIES, progress)
     return found

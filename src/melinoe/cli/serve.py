@@ -1,4 +1,4 @@
-"""`melinoe serve`: a model behind the API of OpenAI's clients."""
+"""`melinoe serve`, a model behind OpenAI's API; `melinoe batch`, the same without a server."""
 
 import logging
 import os
@@ -6,10 +6,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from melinoe.cli import models, options
+import typer
+
+from melinoe.cli import models, options, output
 from melinoe.cli.command import option
 
-SERVER = "Server"
+SERVER = "Requests and answers"
+CacheTokens = Annotated[
+    int, option("Room for the keys and values of all requests, in tokens.", SERVER, min=64)
+]
 _NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 
 
@@ -44,9 +49,7 @@ def command(
     ] = 64,
     max_context: Annotated[int, option("Tokens of a prompt and its text.", SERVER, min=2)] = 4096,
     max_tokens: Annotated[int, option("Tokens of one answer.", SERVER, min=1)] = 1024,
-    cache_tokens: Annotated[
-        int, option("Room for the keys and values of all requests, in tokens.", SERVER, min=64)
-    ] = 16384,
+    cache_tokens: CacheTokens = 16384,
     chunk: Annotated[
         int,
         option("Read a prompt in pieces of so many tokens, to let others write.", SERVER, min=16),
@@ -74,16 +77,14 @@ def command(
     given: dict[str, Any],
 ) -> None:
     """Serve a model over HTTP, for OpenAI's clients, with few experts resident."""
-    check_installed()
+    _check_installed()
     from melinoe.generate import context_of
     from melinoe.moe.routing import fingerprint
     from melinoe.serve.batching import Batches, Limits
     from melinoe.serve.metrics import Metrics
     from melinoe.serve.run import Residency, serve
 
-    if given.get("slots") is None and given.get("expert_memory") is None and models.on_gpu(given):
-        # What the budget of a GPU counts beside the experts: the keys and values of all requests.
-        given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
+    given = models.share_budget(given, max(cache_tokens, chunk))
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
     adapters = models.adapters(loaded, handle, adapter or [])
     guess = None
@@ -113,8 +114,63 @@ def command(
     )
 
 
-def check_installed() -> None:
-    """Refuse to go on without the packages that serving needs."""
+@options.serving(engine="reference")
+def batch(
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            help="Requests, one a line: OpenAI's batch file, or bodies with messages or a prompt."
+        ),
+    ],
+    out: Annotated[Path, option("JSONL file to write: an answer for each request, in order.")],
+    model: Annotated[
+        str | None,
+        option("A checkpoint directory or a name on the hub. Default: what the requests name."),
+    ] = None,
+    resume: Annotated[bool, option("Go on with a run that was stopped.", name="--resume")] = False,
+    max_new_tokens: Annotated[
+        int, option("Tokens of an answer whose request does not say how many.", min=1)
+    ] = 512,
+    chat_template: options.ChatTemplate = None,
+    at_once: Annotated[int, option("Requests computed in one step.", SERVER, min=1)] = 64,
+    cache_tokens: CacheTokens = 16384,
+    chunk: Annotated[
+        int, option("Prompt tokens that one step reads at most.", SERVER, min=16)
+    ] = 2048,
+    as_json: options.AsJson = False,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Answer a file of requests, many at once, with few experts resident."""
+    _check_installed()
+    from melinoe.serve.offline import answer_file, named_model, read_rows
+
+    rows = read_rows(requests)
+    given = models.share_budget(given, max(cache_tokens, chunk))
+    model = model or named_model(rows)
+    loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
+    from melinoe.generate import context_of
+    from melinoe.moe.routing import fingerprint
+    from melinoe.serve.batching import Limits
+
+    context = min(context_of(loaded) or cache_tokens, cache_tokens)
+    sizes = (at_once, at_once, context, cache_tokens, cache_tokens, chunk)
+    about: dict[str, Any] = {"name": model, "fingerprint": fingerprint(loaded), "resume": resume}
+    about["limits"] = Limits(*sizes, seconds=float("inf"), unasked=max_new_tokens)
+    with output.counted("answering") as tell:
+        made = answer_file(loaded, handle, tokenizer, rows, out, progress=tell, **about)
+    if as_json:
+        output.show_json({**vars(made), "tokens_per_s": made.tokens_per_s})
+        return
+    refused = f", {made.refused} of them with an error" if made.refused else ""
+    output.say(
+        f"{made.rows} requests answered{refused}: {made.completion_tokens} tokens in "
+        f"{made.seconds:.1f} s ({made.tokens_per_s:.1f} tokens/s), "
+        f"{made.experts_loaded} experts loaded; see {out}"
+    )
+
+
+def _check_installed() -> None:
     if missing := [one for one in _NEEDED if find_spec(one) is None]:
         from melinoe.errors import MelinoeError
 

@@ -13,7 +13,7 @@ from melinoe.config import MISSES, QUARTER, experts_in_share
 
 if TYPE_CHECKING:
     from melinoe.cache.simulator import Simulation
-    from melinoe.cache.timing import Machine, Work
+    from melinoe.cache.timing import Work
     from melinoe.cache.trace import Trace
 
 _TIME = "Predicted time, with --link"
@@ -21,7 +21,7 @@ OF_PREFETCHES = ("adjusted_hit_rate",)
 
 
 def command(
-    trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
+    trace: options.TraceFile,
     slots: Annotated[
         list[str] | None,
         option("Slots in each layer: 8, or 6,8,10,8. Repeatable. Default: a quarter."),
@@ -54,24 +54,31 @@ def command(
     """Replay a trace through caches of any size and policy: count loads, and predict time."""
     from melinoe.cache.locality import popularity as count
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.timing import loads_when, predict
+    from melinoe.cache.timing import Machine, loads_when, predict
     from melinoe.cache.trace import Trace
+    from melinoe.plan.hardware import find_bandwidth, parse_seconds
 
     one_of(miss, MISSES, "--miss")
     loaded = Trace.load(trace)
     popular = count(loaded) if popularity is None else models.count_choices(popularity, loaded)
-    names = policy or ["lru", "lfu", "belady"]
-    of_policy = {name: {"popularity": popular} if name == "static" else {} for name in names}
-    sizes = [
-        _slots(text, loaded)
-        for text in slots or [str(experts_in_share(QUARTER, loaded.num_experts))]
-    ]
+    quarter = str(experts_in_share(QUARTER, loaded.num_experts))
+    sizes = [_slots(text, loaded) for text in slots or [quarter]]
     ahead = models.prefetchers(prefetch, predictor, popular)
     prompts = _bind([one for one in ahead.values() if one is not None], loaded, trace, model)
     figures = None
+
+    def rate(text: str | None, part: str) -> float | None:
+        return None if text is None else find_bandwidth(text, part).bytes_per_s
+
     if link is not None:
-        speeds = (link, link_latency, device_bandwidth, dram, pass_time)
-        figures = (_machine(*speeds), _work(loaded, model, expert_size))
+        machine = Machine(
+            link_bytes_per_s=find_bandwidth(link, "link").bytes_per_s,
+            link_latency_s=parse_seconds(link_latency),
+            device_bytes_per_s=rate(device_bandwidth, "device memory"),
+            dram_bytes_per_s=rate(dram, "DRAM"),
+            pass_s=None if pass_time is None else parse_seconds(pass_time),
+        )
+        figures = (machine, _work(loaded, model, expert_size))
     if miss != "wait" and figures is None:
         raise typer.BadParameter(f"{miss} needs --link and its figures", param_hint="--miss")
     if miss == "cpu" and None in ahead.values():
@@ -79,38 +86,37 @@ def command(
             "cpu loads nothing on demand, so say what is resident: --prefetch popularity",
             param_hint="--miss",
         )
-    counts, times = [], []
+    rows, counted, timed = [], list[str](), list[str]()
     load = None if figures is None else loads_when(miss, *figures)
-    options: dict[str, Any] = {"reset_between_sequences": cold, "prompts": prompts, "load": load}
-    options["steps"] = figures is not None
-    for name, own in of_policy.items():
+    how: dict[str, Any] = {"reset_between_sequences": cold, "prompts": prompts, "load": load}
+    how["steps"] = figures is not None
+    for name in policy or ["lru", "lfu", "belady"]:
+        own = {"popularity": popular} if name == "static" else {}
         for size in sizes:
-            for prefetcher in ahead.values():
-                done = simulate(
-                    loaded, size, name, policy_options=own, prefetch=prefetcher, **options
-                )
-                counts.append(_who_of(done) | _counts_of(done))
-                if figures is not None:
-                    times.append(_who_of(done) | {"miss": miss} | predict(done, *figures).metrics())
+            for one in ahead.values():
+                done = simulate(loaded, size, name, policy_options=own, prefetch=one, **how)
+                who, counts = _who_of(done), _counts_of(done)
+                times = {"miss": miss} | predict(done, *figures).metrics() if figures else {}
+                counted, timed = [*who, *counts], [*who, *times]
+                rows.append(who | counts | times)
     if as_json:
-        output.show_json([row | (times[at] if times else {}) for at, row in enumerate(counts)])
+        output.show_json(rows)
         return
+
+    def show(title: str, names: list[str], hidden: tuple[str, ...]) -> None:
+        shown = [name for name in names if name not in hidden]
+        output.show_table(title, [{name: row[name] for name in shown} for row in rows])
+
     prefetched = any(one is not None for one in ahead.values())
-    hidden = OF_PREFETCHES if prefetched else ("prefetch", *OF_PREFETCHES)
     about = f"{loaded.num_sequences} sequences, {loaded.num_experts} experts"
     about += f", top-{loaded.top_k}, {loaded.num_layers} layers"
-    output.show_table(about, [_without(row, hidden) for row in counts])
+    show(about, counted, OF_PREFETCHES if prefetched else ("prefetch", *OF_PREFETCHES))
     if prefetched:
-        first = ("policy", "slots", "prefetch", "prefetch_per_token", *OF_PREFETCHES)
-        rows = [{name: row[name] for name in first if name in row} for row in counts]
-        output.show_table("what was loaded ahead", rows)
-    if times:
+        first = ["policy", "slots", "prefetch", "prefetch_per_token", *OF_PREFETCHES]
+        show("what was loaded ahead", first, ())
+    if figures:
         wide = ("miss", "stall_ms_per_token", "prefetch_ms_per_token")  # for a terminal
-        output.show_table(f"predicted time over {link}", [_without(row, wide) for row in times])
-
-
-def _without(row: dict[str, Any], hidden: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in hidden}
+        show(f"predicted time over {link}", timed, wide)
 
 
 def _slots(text: str, trace: Trace) -> int | list[int]:
@@ -147,25 +153,6 @@ def _bind(
     return prompts
 
 
-def _machine(
-    link: str, latency: str, device: str | None, dram: str | None, pass_time: str | None
-) -> Machine:
-    """Read the figures of the machine that the time model needs."""
-    from melinoe.cache.timing import Machine
-    from melinoe.plan.hardware import find_bandwidth, parse_seconds
-
-    def rate(text: str | None, part: str) -> float | None:
-        return None if text is None else find_bandwidth(text, part).bytes_per_s
-
-    return Machine(
-        link_bytes_per_s=find_bandwidth(link, "link").bytes_per_s,
-        link_latency_s=parse_seconds(latency),
-        device_bytes_per_s=rate(device, "device memory"),
-        dram_bytes_per_s=rate(dram, "DRAM"),
-        pass_s=None if pass_time is None else parse_seconds(pass_time),
-    )
-
-
 def _work(trace: Trace, model: str | None, expert_size: str | None) -> Work:
     """Give the bytes of an expert, and what else a token reads where the model is known."""
     from melinoe.cache.timing import Work
@@ -183,17 +170,13 @@ def _work(trace: Trace, model: str | None, expert_size: str | None) -> Work:
 
     facts = model_facts(models.resolve(model))
     check_shape(trace, facts)
-    return Work(
-        expert_bytes=facts.layers[0].block_bytes,
-        backbone_bytes=facts.read_bytes,
-        kv_bytes=facts.kv_bytes or 0,
-    )
+    block, read, kv = facts.layers[0].block_bytes, facts.read_bytes, facts.kv_bytes or 0
+    return Work(expert_bytes=block, backbone_bytes=read, kv_bytes=kv)
 
 
 def _who_of(done: Simulation) -> dict[str, Any]:
     """Name what was replayed: policy, slots, prefetch."""
-    alike = len(set(done.slots)) == 1
-    slots = done.slots[0] if alike else ",".join(map(str, done.slots))
+    slots = done.slots[0] if len(set(done.slots)) == 1 else ",".join(map(str, done.slots))
     return {"policy": done.policy, "slots": slots, "prefetch": done.prefetch}
 
 

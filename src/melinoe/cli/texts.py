@@ -6,28 +6,22 @@ from pathlib import Path
 from typing import Any
 
 _FEWEST = 8  # held-out examples below which an interval says nothing
+Texts = dict[str, Sequence[Any]]  # names to examples
 
 
-def name_of(source: str) -> str:
+def _name_of(source: str) -> str:
     """Give a text's short name: that of a file or directory without path and ending."""
     return Path(source).stem if Path(source).exists() else source
 
 
-def other_texts(
-    sources: Sequence[str], split: str, limit: int | None, taken: Collection[str] = ()
-) -> dict[str, Sequence[Any]]:
-    """
-    Read other texts: name to examples, the source itself its name where the short one is *taken*.
-
-    Each file of a directory is a text of its own.
-    """
+def _others(sources: Sequence[str], split: str, limit: int | None, taken: Collection[str]) -> Texts:
+    """Read other texts, each file of a directory by itself; the whole name where one is *taken*."""
     from melinoe.data import data_files, load_examples
 
-    texts: dict[str, Sequence[Any]] = {}
+    texts: Texts = {}
     for source in sources:
-        files = [str(file) for file in data_files(source)] if Path(source).is_dir() else [source]
-        for file in files:
-            short = name_of(file)
+        for file in map(str, data_files(source) if Path(source).is_dir() else [source]):
+            short = _name_of(file)
             name = file if short in texts or short in taken else short
             texts[name] = load_examples(file, split=split, limit=limit)
     return texts
@@ -39,10 +33,9 @@ def named_texts(
     """Name of each text to its examples and whether it is the one in domain, that one first."""
     from melinoe.data import load_examples
 
-    examples = load_examples(data, split=split, limit=limit, columns=columns)
-    texts: dict[str, tuple[Sequence[Any], bool]] = {name_of(data): (examples, True)}
-    others = other_texts(other, split, limit, list(texts))
-    return texts | {name: (examples, False) for name, examples in others.items()}
+    name, examples = _name_of(data), load_examples(data, split=split, limit=limit, columns=columns)
+    others = _others(other, split, limit, {name})
+    return {name: (examples, True)} | {other: (text, False) for other, text in others.items()}
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class HeldOut:
     train: Sequence[Any]  # what is left to train on
     domain: str  # name of the text
     examples: Sequence[Any] = ()  # held out of it, or given apart; empty if there are too few
-    others: dict[str, Sequence[Any]] = field(default_factory=dict)  # names to texts of other kinds
+    others: Texts = field(default_factory=dict)  # texts of other kinds
 
 
 def hold_out(
@@ -65,20 +58,15 @@ def hold_out(
     limit: int | None = None,
     columns: str | None = None,
 ) -> HeldOut:
-    """
-    Decide what is kept from training, before any of it.
-
-    That is *eval_data*, data of the same kind; else a *share* of *examples*, evenly spread.
-    """
+    """Keep *eval_data* from training, data of the same kind, or else a *share* of *examples*."""
     from melinoe.data import load_examples
 
-    domain = name_of(data if eval_data is None else eval_data)
-    others = other_texts(other, eval_split, limit, {domain})
+    domain = _name_of(data if eval_data is None else eval_data)
+    others = _others(other, eval_split, limit, {domain})
     if eval_data is not None:
         held_out = load_examples(eval_data, split=eval_split, limit=limit, columns=columns)
         return HeldOut(examples, domain, held_out, others)
-    count = int(share * len(examples))
-    if count < _FEWEST:
+    if (count := int(share * len(examples))) < _FEWEST:
         return HeldOut(examples, domain, (), others)
     # Evenly spread, because files are often sorted by topic.
     chosen = {int((index + 0.5) * len(examples) / count) for index in range(count)}

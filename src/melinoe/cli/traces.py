@@ -8,41 +8,32 @@ import typer
 from melinoe.cli import models, options, output
 from melinoe.cli.command import option
 
-_MORE = "What is recorded"
-
 
 @options.serving()
 def trace(
     model: options.Model,
     data: options.Prompts,
-    out: Annotated[Path, option("The trace file to write (.safetensors).")],
+    out: options.TraceOut,
     limit: options.Limit = 64,
     max_new_tokens: options.NewTokens = 64,
     raw: options.Raw = False,
     columns: options.Columns = None,
     split: options.Split = "test",
-    keep_prompts: Annotated[
-        bool, option("Write the prompts' token ids beside the trace, for `predictor fit`.", _MORE)
-    ] = True,
     *,
     given: dict[str, Any],
 ) -> None:
     """Generate from prompts, and record which experts every token chose."""
     from melinoe.data import load_examples
-    from melinoe.errors import OutputExistsError
     from melinoe.generate import trace_prompts
+    from melinoe.predictor import save_prompts
 
-    if out.exists():
-        raise OutputExistsError(f"{out} exists; name another file, or remove it first")
+    _check_new(out)
     examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
     loaded, handle, tokenizer = models.open_model(model, given)
     prompts = models.prompt_ids(examples, tokenizer, raw)
     trace = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=output.say)
     trace.save(out)
-    if keep_prompts:
-        from melinoe.predictor import save_prompts
-
-        output.say(f"prompts -> {save_prompts(out, trace.fingerprint, prompts)}")
+    output.say(f"prompts -> {save_prompts(out, trace.fingerprint, prompts)}")
     output.say(f"{trace.num_sequences} prompts, {len(trace)} tokens -> {out}")
 
 
@@ -53,18 +44,16 @@ def import_trace(
             help="A table or arrays: .csv, .parquet, .jsonl, .npz or .npy; see docs/traces.md."
         ),
     ],
-    out: Annotated[Path, option("The trace file to write (.safetensors).")],
+    out: options.TraceOut,
     num_experts: Annotated[
         int | None, option("Experts of each layer, where the file does not say.", min=1)
     ] = None,
     model: Annotated[str, option("Name of the model, as people call it.")] = "",
 ) -> None:
     """Make a trace of what another tool recorded."""
-    from melinoe.errors import OutputExistsError
     from melinoe.foreign import read_foreign
 
-    if out.exists():
-        raise OutputExistsError(f"{out} exists; name another file, or remove it first")
+    _check_new(out)
     trace, notes = read_foreign(file, num_experts, model)
     for note in notes:
         output.say(f"{file}: {note}")
@@ -75,21 +64,27 @@ def import_trace(
     )
 
 
+def _check_new(out: Path) -> None:
+    if out.exists():
+        from melinoe.errors import OutputExistsError
+
+        raise OutputExistsError(f"{out} exists; name another file, or remove it first")
+
+
 def fit(
-    trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
+    trace: options.TraceFile,
     out: options.Out,
     slots: Annotated[
         int | None, option("Judge by so many slots in each layer. Default: a quarter.", min=1)
     ] = None,
     model: Annotated[str | None, option("The traced model. Default: as the trace says.")] = None,
-    seed: Annotated[int, option("Seed of the folds and of the start.", **options.SEEDS)] = 0,
+    seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
     """Fit a predictor, and compare it with rivals that cost nothing."""
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import check_output
     from melinoe.config import QUARTER, experts_in_share
-    from melinoe.errors import BudgetError
     from melinoe.predictor import compare, load_prompts
     from melinoe.predictor import fit as fit_predictor
     from melinoe.predictor.model import token_embeddings
@@ -99,11 +94,7 @@ def fit(
     loaded = Trace.load(trace)
     prompts = load_prompts(trace, loaded)
     size = slots or experts_in_share(QUARTER, loaded.num_experts)
-    if size > loaded.num_experts:
-        raise BudgetError(
-            f"{size} slots cannot be in layers of {loaded.num_experts} experts; choose from 1 to "
-            f"{loaded.num_experts}"
-        )
+    models.check_slots(size, loaded.num_experts)
     backbone, _ = models.open_backbone(loaded, trace, model)
     embeddings = token_embeddings(backbone)
     comparison = compare(loaded, prompts, embeddings, size, seed=seed)
@@ -119,8 +110,8 @@ def fit(
             row = {"strategy": name, "recall": recall.mean, "low": recall.low, "high": recall.high}
             rows.append(row | {"loads per token": None if loads is None else loads.mean})
         output.show_table(f"experts of the completion, {size} slots a layer", rows)
+    why = " (its own loads cost what it saves)" if comparison.prefetch == "none" else ""
     output.say(
         f"wrote {out}; the best guess here: {comparison.winner}; what to load ahead of need: "
-        f"{comparison.prefetch}"
-        + (" (its own loads cost what it saves)" if comparison.prefetch == "none" else "")
+        f"{comparison.prefetch}{why}"
     )

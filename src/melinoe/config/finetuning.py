@@ -147,13 +147,11 @@ class FinetuneSettings:
         """
         Return the settings that decide the weights a run ends with, as JSON gives them back.
 
-        Left out are those of reporting and saving, and those of terms that weigh nothing: two runs
-        that agree here, on the same base and data, end alike.
+        Two runs that agree here, on the same base and data, end alike.
         """
-        idle = {*_BOOKKEEPING}
-        for name, weights in _READ_FOR.items():
-            if not any(getattr(self, weight) for weight in weights):
-                idle.add(name)
+        weigh = {name for name in _WEIGHTS if getattr(self, name)}
+        idle = {name for name, weights in _READ_FOR.items() if not weigh & {*weights}}
+        idle |= {*_BOOKKEEPING}
         known = json.loads(json.dumps(asdict(self)))
         return {name: value for name, value in known.items() if name not in idle}
 
@@ -183,11 +181,5 @@ _READ_FOR = {
     "rho": ("lambda_rank",),
     "own_texts": ("lambda_replay",),
 }
-_BOOKKEEPING = (
-    "log_every",
-    "eval_every",
-    "save_every",
-    "save",
-    "report_to",
-    "gradient_checkpointing",
-)
+_BOOKKEEPING = ("log_every", "eval_every", "save_every", "save", "report_to")
+_BOOKKEEPING += ("gradient_checkpointing",)

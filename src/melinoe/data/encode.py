@@ -41,11 +41,7 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
     End-of-text follows the completion (a chat template ends its turns itself). An example that is
     longer than *max_length* is cut; one whose prompt leaves no room for one completion token is
     left out. These, and what a chat template does not write, are counted in one line of the log.
-
-    Raises:
-        DataError: none is left, an example without a completion, or a chat that the template
-            refuses or rewrites so that its turns cannot be told apart.
-        TokenizerError: chats but no chat template, or no end-of-text token.
+    DataError: none is left, or as `render`. TokenizerError: no chat template, or no end-of-text.
     """
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
@@ -66,11 +62,14 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
         )
     losses, words = count_losses(examples, encoded), []
     if losses["shortened"]:
-        fell = f"({losses['tokens_cut']} tokens fell away)"
-        words.append(f"{losses['shortened']} were cut at {max_length} tokens {fell}")
+        words.append(
+            f"{losses['shortened']} were cut at {max_length} tokens ({losses['tokens_cut']} tokens "
+            "fell away)"
+        )
     if losses["left_out"]:
-        why = f"(no completion token within {max_length} tokens)"
-        words.append(f"{losses['left_out']} left out {why}")
+        words.append(
+            f"{losses['left_out']} left out (no completion token within {max_length} tokens)"
+        )
     said.say(examples, words)
     return encoded
 
@@ -143,20 +142,15 @@ class _Remarks:
     def say(self, examples: Sequence[Example], words: list[str]) -> None:
         """Log one line, if there is anything to say."""
         count = self.count
-        if count["rewritten"]:
-            words.append(
-                f"in {count['rewriting']} the chat template rewrites assistant turns once the chat "
-                f"goes on, so {count['rewritten']} of them are context and not learned"
-            )
-        if count["headless"]:
-            words.append(
-                f"in {count['headless']} the answer does not begin as the template's generation "
-                "prompt does, and is learned from where they part"
-            )
-        if count["trailing"]:
-            words.append(
-                f"{count['trailing']} go on after the last turn to learn, and are read up to it"
-            )
+        remarks = {
+            "rewritten": f"in {count['rewriting']} the chat template rewrites assistant turns once "
+            f"the chat goes on, so {count['rewritten']} of them are context and not learned",
+            "headless": f"in {count['headless']} the answer does not begin as the template's "
+            "generation prompt does, and is learned from where they part",
+            "trailing": f"{count['trailing']} go on after the last turn to learn, and are read up "
+            "to it",
+        }
+        words += [text for name, text in remarks.items() if count[name]]
         if self.unshown:
             words.append(f"the chat template does not write {named_counts(self.unshown)}")
         if words:

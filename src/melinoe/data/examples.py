@@ -43,8 +43,6 @@ class Example:
     source: str  # where the row stands, as ``file:line`` or ``hub-name[row]``, for messages
     # A chat, kept as it is until a tokenizer with a chat template renders it.
     messages: tuple[Turn, ...] | None = None
-    # The bare answer of a question row, for scoring; ``None`` for other forms.
-    answer: str | None = None
     # Places in *messages* of the turns to learn; ``None``: every assistant turn.
     learned: tuple[int, ...] | None = None
     # What the chat template is given besides: ``tools``, ``documents`` and so on.
@@ -72,8 +70,7 @@ def load_examples(
     prompts: bool = False,
 ) -> list[Example]:
     """
-    Read examples from a file, a directory of files, or a hub data set
-    (`melinoe.data.rows.read_rows`).
+    Read examples from a file, a directory, or a hub data set (`melinoe.data.rows.read_rows`).
 
     Args:
         limit: Read only so many rows. Lines after the limit are not checked.
@@ -88,9 +85,8 @@ def load_examples(
     if isinstance(columns, str):
         columns = _parse_columns(columns)
     if unknown := sorted(set(columns or ()) - _KEYS):
-        raise DataError(
-            f"{unknown[0]!r} is no key that a row is read by; those are {', '.join(sorted(_KEYS))}"
-        )
+        known = ", ".join(sorted(_KEYS))
+        raise DataError(f"{unknown[0]!r} is no key that a row is read by; those are {known}")
     rows: Iterator[tuple[str, Any]] = islice(read_rows(path_or_hub_name, split), limit)
     examples = [_example(row, source, columns, prompts, ignored) for source, row in rows]
     if not examples:
@@ -130,8 +126,8 @@ def _example(
             raise DataError(f"{source} has no column {column!r}; it has {sorted(given)}")
     others: set[str] = set()
     if columns:
-        said = columns.values()
-        others = {key for key, one in given.items() if one is not None and key not in said}
+        there = {key for key, one in given.items() if one is not None}
+        others = there.difference(columns.values())
         given = {key: given[column] for key, column in columns.items()}
     left = {key: value for key, value in given.items() if value is not None}
     form = next((form for form in _READERS if left.keys() >= set(form)), None)
@@ -216,7 +212,7 @@ def _read_text(row: dict[str, Any], source: str) -> Example:
 def _read_question(row: dict[str, Any], source: str) -> Example:
     answer = _string(row, "answer", source)
     prompt = f"Question: {_string(row, 'question', source)}\nAnswer:"
-    return Example(prompt, f" {answer}", source, answer=answer)
+    return Example(prompt, f" {answer}", source)
 
 
 def _read_instruction(row: dict[str, Any], source: str) -> Example:

@@ -42,8 +42,8 @@ def render(example: Example, tokenizer: Any) -> Rendered:
     """
     Render the chat of *example* up to its last turn to learn, or all of it where there is none.
 
-    DataError where the template refuses the chat, does not write its tools or calls, or writes
-    earlier turns otherwise once the chat goes on; TokenizerError where there is none.
+    DataError where the template refuses the chat, does not write its tools or calls, or rewrites
+    what stands before the last turn; TokenizerError where there is none.
     """
     if not tokenizer.chat_template:
         raise TokenizerError(

@@ -57,11 +57,7 @@ def perplexity(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 8
     Measure how well *model*, offloaded or not, predicts the completions of *encoded*.
 
     Logits and their softmax are taken in float32 and summed in float64; *batch_size* changes
-    results only in rounding.
-
-    Raises:
-        DataError: nothing to predict.
-        ModelError: a loss that is not finite, and which tensor is to blame.
+    results only in rounding. DataError: nothing to predict. ModelError: a loss that is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")

@@ -35,7 +35,6 @@ from torch import Tensor
 from melinoe.checkpoint.verifying import sum_of
 from melinoe.checkpoint.writing import reason_of
 from melinoe.config import FinetuneSettings
-from melinoe.config.likeness import gone_settings
 from melinoe.data import Encoded
 from melinoe.errors import TrainingError, WriteError
 from melinoe.whole_file import parse_json, remove_unfinished, unfinished
@@ -153,12 +152,6 @@ def check_same_run(
     path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], way_out: str
 ) -> None:
     """Refuse what is left of another run: the TrainingError names what differs."""
-    if gone := gone_settings(theirs):
-        named = ", ".join(f"{key} {value}" for key, value in gone.items())
-        raise TrainingError(
-            f"{path} is of a run with settings that this release no longer has ({named}); go on "
-            "with the release that began it, or delete it"
-        )
     differ = [key for key in ours if theirs.get(key, ours[key]) != ours[key]]
     if differ:
         named = ", ".join(

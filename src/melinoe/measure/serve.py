@@ -8,19 +8,15 @@ import numpy as np
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetch import Prefetcher
 from melinoe.engine.handle import Handle
-from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
 from melinoe.measure.machine import machine
 from melinoe.stats import bootstrap
 
-# Generation options with which a forward pass computes other tokens than the one it yields.
-_SEVERAL_TOKENS_A_PASS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-
 Serving = Generator[None, None, dict[str, Any]]
 
 # Estimate: (numerator, denominator) per prompt, so that each is a ratio of sums over prompts.
-# Uses, hits, loads and stalls are the completion's; see `serve`.
+# Uses, hits, loads and stalls are the completion's; see `serving`.
 _ESTIMATES: dict[str, tuple[str, str | None]] = {
     "hit_rate": ("hits", "uses"),
     "adjusted_hit_rate": ("uses_not_paid", "uses"),
@@ -47,11 +43,9 @@ def serving(
     label: str,
     strategy: str = "",
     cold: bool = True,
-    repeat: int = 1,
-    **sampling: Any,
 ) -> Serving:
     """
-    Generate from each prompt, batch 1, pausing after each; return a record of kind ``serve``.
+    Generate greedily from each prompt, pausing after each; return a record of kind ``serve``.
 
     A generator for `serve` or `side_by_side` to drive; nothing is checked or run before that. The
     first prompt is run once before anything is measured. Counts and times are of the completion's
@@ -59,79 +53,61 @@ def serving(
     Each is a ratio of sums with a 95 % interval over prompts.
 
     Args:
-        model: As in `melinoe.generate.generate`, as are *prefetch* and *sampling*.
+        model: As in `melinoe.generate.generate`, as is *prefetch*.
         max_new_tokens: At most so many for each; at least 2.
         label: The model's name in tables; *strategy* is the strategy's.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
-        repeat: Runs per prompt, of which times are the median.
 
     Raises:
         DataError: no prompts, or none that got two tokens.
-        ValueError: repeats of a warm cache; a way to generate whose passes are not one token each.
     """
-    odd = [name for name in _SEVERAL_TOKENS_A_PASS if sampling.get(name) is not None]
-    if odd or sampling.get("use_cache") is False:
-        raise ValueError(
-            f"with {odd[0] if odd else 'use_cache=False'} a forward pass computes other tokens "
-            "than the one it yields, so costs per token would mislead; measure without it"
-        )
-    if max_new_tokens < 2 or repeat < 1:
-        raise ValueError("serving needs max_new_tokens >= 2 and repeat >= 1")
-    if repeat > 1 and not cold:
-        raise ValueError("a warm cache is another one at each repeat; use cold=True or repeat=1")
+    if max_new_tokens < 2:
+        raise ValueError("serving needs max_new_tokens >= 2")
     if not prompts:
         raise DataError("there are no prompts to serve; give at least one")
 
     def run(prompt: Prompt) -> Generation:
         if cold:
             handle.reset_cache()
-        return generate(
-            model,
-            handle,
-            tokenizer,
-            prompt,
-            max_new_tokens,
-            prefetch=prefetch,
-            **sampling,
-        )
+        return generate(model, handle, tokenizer, prompt, max_new_tokens, prefetch=prefetch)
 
     run(prompts[0])
     handle.reset_cache()
     generations = []
     for prompt in prompts:
-        generations.append([run(prompt) for _ in range(repeat)])
+        generations.append(run(prompt))
         yield
-    moment = None if prefetch is None else "completion"
-    what = "none" if prefetch is None else prefetch.name
-    default = handle.policy if moment is None else f"{handle.policy}, prefetch"
-    counters = [runs[0].counters for runs in generations if runs[0].counters]
+    counted = [one.counters for one in generations if one.counters]
     uses, requests = (
-        [int(getattr(one, name)[COMPLETION].sum()) for one in counters]
+        sum(int(getattr(one, name)[COMPLETION].sum()) for one in counted)
         for name in ("uses", "requests")
     )
+    link = handle.link
     return serve_record(
         generations,
         kind="serve",
         model=label,
-        strategy=strategy or default,
-        prefetch=what,
-        prefetch_at=moment,
-        block_bytes=[handle.store.block_bytes(layer) for layer in range(len(handle.layers))],
+        strategy=strategy or (handle.policy if prefetch is None else f"{handle.policy}, prefetch"),
+        prefetch="none" if prefetch is None else prefetch.name,
         slots=handle.slots,
         num_experts=handle.layers[0].num_experts,
-        top_k=round(sum(uses) / sum(requests)) if sum(requests) else None,
+        top_k=round(uses / requests) if requests else None,
         layers=len(handle.layers),
+        block_bytes=[handle.store.block_bytes(layer) for layer in range(len(handle.layers))],
         policy=handle.policy,
         miss=handle.misses.kind,
         miss_figures=None if handle.misses.machine is None else handle.misses.to_dict(),
         store=handle.store.kind,
         expert_memory_bytes=handle.expert_memory_bytes,
-        link=link_fields(handle.link),
+        link=link
+        and {
+            "bandwidth_gb_s": link.bandwidth_bytes_per_s / 1e9,
+            "latency_us": link.latency_s * 1e6,
+            "emulated": True,
+        },
         cold=cold,
-        repeat=repeat,
         prompts=len(prompts),
         max_new_tokens=max_new_tokens,
-        sampling=dict(sampling),
     )
 
 
@@ -159,9 +135,9 @@ def side_by_side(servings: Sequence[Serving]) -> list[dict[str, Any]]:
     return records
 
 
-def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> dict[str, Any]:
-    """Turn what `generate` returned, one list of runs per prompt, into *facts* with estimates."""
-    rows = [_row(runs) for runs in generations]
+def serve_record(generations: Sequence[Generation], **facts: Any) -> dict[str, Any]:
+    """Turn what `generate` returned, one run for each prompt, into *facts* with estimates."""
+    rows = [_row(one) for one in generations]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     if sum(columns["tokens"]) == 0:
         raise DataError(
@@ -174,17 +150,13 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
     return {**facts, **estimates, "per_prompt": columns, "machine": machine()}
 
 
-def _row(runs: Sequence[Generation]) -> dict[str, float]:
-    """Count one prompt's first run, and time the median of all."""
-    one, counters = runs[0], runs[0].counters
+def _row(one: Generation) -> dict[str, float]:
+    counters = one.counters
     if counters is None:
         raise ValueError("a plain model has no cache to count; attach the runtime first")
 
     def count(name: str, kind: int = COMPLETION) -> int:
         return int(np.sum(getattr(counters, name)[kind]))
-
-    def median(name: str) -> float:
-        return float(np.median([getattr(run, name) for run in runs]))
 
     uses, loads, on_host = count("uses"), count("loads"), count("on_host")
     prefetches = int(counters.prefetch_loads.sum())
@@ -197,25 +169,11 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "loads": loads,
         "prefetch_loads": prefetches,
         "elsewhere": on_host,
-        "prefill_elsewhere": count("on_host", PROMPT),
         "uses_not_paid": uses - loads - prefetches - on_host,
         "prefill_loads": count("loads", PROMPT),
         "zero_miss": count("zero_miss_tokens"),
-        "seconds": median("seconds"),
-        "ttft_s": median("ttft_s"),
-        "predictor_s": median("predictor_s"),
-        "decode_s": float(np.median([run.seconds - run.ttft_s for run in runs])),
-        "stall_ms": 1e3 * median("stall_s"),
-        "prompt_stall_ms": 1e3 * median("prompt_stall_s"),
-    }
-
-
-def link_fields(link: EmulatedLink | None) -> dict[str, Any] | None:
-    """Return an emulated link as records name it; ``None`` where the link is as it is."""
-    if link is None:
-        return None
-    return {
-        "bandwidth_gb_s": link.bandwidth_bytes_per_s / 1e9,
-        "latency_us": link.latency_s * 1e6,
-        "emulated": True,
+        "seconds": one.seconds,
+        "ttft_s": one.ttft_s,
+        "decode_s": one.seconds - one.ttft_s,
+        "stall_ms": 1e3 * one.stall_s,
     }

@@ -15,18 +15,10 @@ from melinoe.whole_file import unfinished
 
 def check_control(control: str | Path, tuned: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Refuse as a control what is not a fine-tuned model's twin without its locality terms.
+    Return the ``melinoe.json`` of a run's control: its twin without its locality terms.
 
-    Args:
-        control: Directory of a run: a checkpoint, or an adapter alone.
-        tuned: The fine-tuned model's ``melinoe.json``. What either file leaves out is not compared.
-
-    Returns:
-        The control's ``melinoe.json``.
-
-    Raises:
-        CheckpointError: no run there, or none that differs in locality terms alone; the sentence
-            says in what else.
+    *control* is the directory of a checkpoint, or of an adapter alone; *tuned* the run's own
+    ``melinoe.json``. CheckpointError: no run there, or one that differs in more than those terms.
     """
     path = Path(control).expanduser()
     theirs = read_metadata(path) if path.is_dir() else {}
@@ -42,9 +34,7 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
     """
     Say why one run is not the like-for-like control of another; ``None`` if it is.
 
-    Args:
-        theirs: The ``melinoe.json`` of the one.
-        ours: That of the other, or as much as is known before it is trained.
+    Both are of the form of ``melinoe.json``; *ours* may be as much as is known before training.
     """
 
     def differ(one: Any, other: Any) -> bool:  # what either leaves out is not compared
@@ -91,13 +81,9 @@ def as_checkpoint(control: str | Path, base: str | Path, beside: str | Path) -> 
     """
     Give the control as a checkpoint that can be loaded, for as long as the block lasts.
 
-    An adapter alone is merged into a directory beside *beside*, which is deleted afterwards.
-
-    Raises:
-        CheckpointError: there is neither, or the adapter is torn or of another base.
-        WriteError: the disk cannot take the merged checkpoint.
-
-    Cost: of an adapter, the base in memory once and on the disk once.
+    An adapter alone is merged into a directory beside *beside*, which is deleted afterwards: the
+    base is in memory once and on the disk once. CheckpointError: there is neither, or the adapter
+    is torn or of another base. WriteError: the disk cannot take the merged checkpoint.
     """
     path, place = Path(control).expanduser(), Path(beside).expanduser().absolute()
     if (path / "config.json").is_file():

@@ -46,9 +46,7 @@ def prune_by_use(
     The first half of the examples counts uses, the second half judges.
 
     Args:
-        name: A directory, or a name on the hub.
         examples: At least two, of the traffic that the result is for.
-        out: The directory to make.
         keep: Experts of each layer that stay.
         max_increase: In place of *keep*: the fewest with which perplexity grows by so much at most,
             found by halving; each number that is tried is written beside *out* and measured.
@@ -57,8 +55,7 @@ def prune_by_use(
 
     Raises:
         DataError: too few examples.
-        MelinoeError: neither or both of *keep* and *max_increase*; or no smaller number.
-        OutputExistsError, CheckpointError, UnsupportedModelError, WriteError: as
+        MelinoeError: neither or both of *keep* and *max_increase*; or no smaller number; or as
             `melinoe.checkpoint.pruning.prune`.
     """
     if (keep is None) == (max_increase is None):

@@ -1,25 +1,139 @@
 """Measure base, fine-tuned model and control alike, and record it in ``melinoe.json``."""
 
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from melinoe.cache.curves import UnitCosts
+from melinoe.cache.locality import experts_per_sequence
 from melinoe.checkpoint import (
     describe,
     describe_base,
     describe_data,
+    load_tokenizer,
     read_metadata,
     update_metadata,
 )
 from melinoe.config import FinetuneSettings, OutcomeSettings, experts_in_share
-from melinoe.data import Example
+from melinoe.data import Example, encode, encode_prompts
+from melinoe.engine.load import load
 from melinoe.errors import CheckpointError, DataError
-from melinoe.measure import machine
+from melinoe.evaluate import Perplexity, perplexity, perplexity_increase
+from melinoe.generate import trace_prompts
+from melinoe.measure import (
+    completion_costs,
+    locality_record,
+    machine,
+    rates_by_slots,
+    reading_trace,
+)
 from melinoe.outcome.control import as_checkpoint, check_control
-from melinoe.outcome.model import Measured, Say, Texts, change_of, measure_model
+from melinoe.stats import paired_difference, paired_ratio
 
 _CURVE_POINTS = 16
+Texts = Mapping[str, Sequence[Example]]
+Say = Callable[[str], None]
+_POLICIES = ("lru", "lfu")  # the two that the cache loss imagines, as gamma nears 0 or 1
+_OF_TRACE = ("experts_per_sequence", "experts_per_sequence_mean", "reuse", "distinct_experts")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of one model."""
+
+    shape: dict[str, int]  # experts, top-k and layers
+    record: dict[str, Any]  # its part of ``melinoe.json``
+    perplexities: dict[str, Perplexity]  # by name of the text
+    # While ``writing`` and ``reading``: of each sequence, nan where nothing was written.
+    experts: dict[str, np.ndarray]
+    costs: dict[str, dict[str, UnitCosts]]  # likewise: policy to costs by slots and sequence
+
+
+def measure_model(
+    path: str | Path,
+    held_out: Texts,
+    others: Texts,
+    sizes: Sequence[int],
+    settings: OutcomeSettings,
+    device: str,
+    memory: Mapping[str, Any] | None,
+    say: Say | None,
+) -> Measured:
+    """Measure one model as `record_outcome` does; of *sizes*, slots, all experts are the last."""
+    model, handle = load(path, device, engine="reference", **(memory or {"slots": sizes[-1]}))
+    tokenizer, length = load_tokenizer(str(path), model.config), settings.max_length
+    perplexities = {
+        name: perplexity(
+            model, encode(examples[: settings.examples], tokenizer, length), settings.batch_size
+        )
+        for name, examples in {**held_out, **others}.items()
+    }
+    examples = next(iter(held_out.values()))[: settings.prompts]
+    prompts = encode_prompts(examples, tokenizer, text_tokens=length)
+    written = trace_prompts(model, handle, tokenizer, prompts, settings.max_new_tokens, say)
+    read = reading_trace(model, handle, encode(examples, tokenizer, length))
+    # The next model needs the room; detaching would first want the experts a third time.
+    del model, handle
+    gc.collect()
+    record: dict[str, Any] = {
+        "perplexity": {
+            name: {
+                "in_domain": name in held_out,
+                "tokens": int(found.tokens.sum()),
+                "perplexity": found.estimate.to_dict(),
+            }
+            for name, found in perplexities.items()
+        }
+    }
+    costs, traces = {}, {"writing": written, "reading": read}
+    for name, trace in traces.items():
+        costs[name] = {policy: completion_costs(trace, sizes, policy) for policy in _POLICIES}
+        found = locality_record(trace, "")
+        caches = {policy: rates_by_slots(sizes, one) for policy, one in costs[name].items()}
+        record[name] = {key: found[key] for key in _OF_TRACE} | {"caches": caches}
+    shape = {"num_experts": read.num_experts, "top_k": read.top_k, "layers": read.num_layers}
+    experts = {name: experts_per_sequence(trace) for name, trace in traces.items()}
+    return Measured(shape, record, perplexities, experts, costs)
+
+
+def change_of(
+    before: Measured, after: Measured, sizes: Sequence[int], compared: Sequence[int]
+) -> dict[str, Any]:
+    """
+    Compare two models, paired by example, text by text and cache by cache.
+
+    *before* is the base model, or the control, for the effect of the locality terms alone; of
+    *sizes*, slots at which both were measured, they are *compared* at some; where nothing is loaded
+    after, there is no ratio. DataError: no prompt got a completion from both.
+    """
+    found: dict[str, Any] = {
+        "perplexity": {
+            name: perplexity_increase(one, before.perplexities[name]).to_dict()
+            for name, one in after.perplexities.items()
+        }
+    }
+    for name, ours in after.experts.items():
+        theirs = before.experts[name]
+        both = ~(np.isnan(theirs) | np.isnan(ours))
+        if not both.any():
+            raise DataError("no prompt got a completion from both models; measure on other prompts")
+        fewer: dict[str, Any] = {}
+        for policy, a in after.costs[name].items():
+            b = before.costs[name][policy]
+            places = [i for i, size in enumerate(sizes) if size in compared and a.loads[i].any()]
+            ratios = [paired_ratio(b.loads[i], a.loads[i], b.tokens, a.tokens) for i in places]
+            fewer[policy] = {
+                "slots": [sizes[i] for i in places],
+                "ratio": [one.to_dict() for one in ratios],
+            }
+        experts = paired_difference(ours[both], theirs[both]).to_dict()
+        found[name] = {"experts_per_sequence": experts, "transfers_per_token": fewer}
+    return found
 
 
 def record_outcome(
@@ -38,32 +152,28 @@ def record_outcome(
     Measure a fine-tuned checkpoint and its base, and write the outcome into its ``melinoe.json``.
 
     Smaller caches are simulated from traces, among them those of half and of double the slots that
-    the model was trained for.
-
-    With a *control*, the price and the saving of the locality terms are recorded too.
+    the model was trained for. With a *control*, the price and the saving of the locality terms are
+    recorded too.
 
     Args:
         directory: The fine-tuned checkpoint, with the ``melinoe.json`` that fine-tuning wrote.
-        base: The checkpoint it was fine-tuned from: a directory or hub name.
+        base: The directory or hub name that it was fine-tuned from.
         held_out: One name to examples of the kind that it was fine-tuned on and never saw; their
             prompts are also answered and traced.
         others: Names to other texts, for the loss outside the domain.
-        control: Directory of the run's control: a checkpoint, or an adapter alone, which is
-            merged for a while into a directory beside *directory*.
-        settings: How much to measure.
-        device: Where the models run.
-        memory: What `melinoe.load` is given of it, as ``gpu_memory``; absent: all experts are
-            resident. It changes no number.
-        say: Told of progress.
+        control: Directory of the run's control; an adapter alone is merged beside *directory* for
+            a while.
+        memory: What `melinoe.load` is given, as ``gpu_memory``; absent: all experts are resident.
+            It changes no number.
 
     Returns:
         All of ``melinoe.json``.
 
     Raises:
         DataError: no held-out text, or one whose prompts get no completion.
-        CheckpointError: a checkpoint or its ``melinoe.json`` cannot be read, or *control* is none
-            of this run. If it is the control that fails, the outcome of the other two is recorded.
-        WriteError: no room to merge the control; likewise.
+        CheckpointError, WriteError: a checkpoint or its ``melinoe.json`` cannot be read, *control*
+            is none of this run, or no room to merge it. If it is the control that fails, the
+            outcome of the other two is recorded.
     """
     if len(held_out) != 1:
         raise DataError("name exactly one held-out text of the kind the model was fine-tuned on")
@@ -91,7 +201,7 @@ def record_outcome(
         **after.shape,
         "before": before.record,
         "after": after.record,
-        "change": change_of(before, after, compared),
+        "change": change_of(before, after, sizes, compared),
         "machine": facts,
         "date": facts["date"],
         "seconds": round(time.monotonic() - started, 1),
@@ -106,16 +216,11 @@ def record_outcome(
         raise CheckpointError(
             f"{control} is of another shape than {directory}; give a control of the same base"
         )
-    outcome |= {
-        "control": plain.record,
-        "change_from_control": change_of(plain, after, compared),
-        "control_run": {
-            "name": Path(control).expanduser().resolve().name,
-            "fingerprint": known.get("fingerprint"),
-            "settings": known.get("settings"),
-        },
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    run: dict[str, Any] = {"name": Path(control).expanduser().resolve().name}
+    run |= {name: known.get(name) for name in ("fingerprint", "settings")}
+    outcome |= {"control": plain.record, "control_run": run}
+    outcome["change_from_control"] = change_of(plain, after, sizes, compared)
+    outcome["seconds"] = round(time.monotonic() - started, 1)
     return update_metadata(directory, outcome=outcome)
 
 
@@ -130,16 +235,9 @@ def record_origin(
     """
     Record a checkpoint's base and data in ``melinoe.json``, and return all of the file.
 
-    Args:
-        directory: The checkpoint.
-        base: The checkpoint that it was fine-tuned from.
-        source: The training data, as it was given.
-        examples: Those that were trained on.
-        split: Split of a hub data set.
-        more: Further facts about the data, such as how many examples were held out.
-
-    Raises:
-        CheckpointError: as `read_metadata`.
+    *source* is the training data as it was given, *examples* those that were trained on, *more*
+    further facts about the data, such as how many examples were held out. Raises as
+    `read_metadata`.
     """
     known = read_metadata(directory)
     data = {**(known.get("data") or {}), **describe_data(source, examples, split), **more}

@@ -44,10 +44,9 @@ def plan_finetuning(
     disk: str | None = None,
 ) -> FinetunePlan:
     """
-    Say whether a fine-tuning fits, and what its reads take.
+    Say whether a fine-tuning of *model*, as `model_facts` takes it, fits, and what its reads take.
 
     Args:
-        model: As `model_facts` takes it; only its config is read.
         settings: Of the run; a pass has ``batch_size`` times ``max_length`` tokens.
         gpu_memory: Of the GPU; absent: nine tenths of *card*'s, or no GPU where there is none.
         ram: What experts may take of the host; without a GPU, what the run may take.

@@ -126,11 +126,10 @@ def cards() -> list[Card]:
 
 def find_card(name: str) -> Card:
     """Find a card by one of its names; case, blanks and dashes do not matter."""
-    entry = _named(name, known()["cards"])
-    if entry is None:
-        names = ", ".join(entry["names"][0] for entry in known()["cards"])
+    if (entry := _named(name, known()["cards"])) is None:
         raise HardwareError(
-            f"there is no card {name!r} in the list; use one of {names}, or give "
+            f"there is no card {name!r} in the list; use one of "
+            f"{', '.join(one.name for one in cards())}, or give "
             "--gpu-memory, --device-bandwidth and --link"
         )
     return _card(entry)
@@ -154,8 +153,8 @@ def find_bandwidth(text: str, part: str) -> Bandwidth:
 
 
 def machine_of(
-    *,
     gpu_memory_bytes: int,
+    *,
     card: str | None = None,
     device: str | None = None,
     link: str | None = None,

@@ -56,7 +56,6 @@ class HitRates:
     high: float
     source: str  # what both rest on, for people
     by_policy: dict[str, float] = field(default_factory=dict)  # simulated, if a trace was given
-    simulated: bool = False  # whether a trace is behind it
 
 
 @dataclass(frozen=True)
@@ -111,19 +110,13 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
 
-        def scenario(rates: HitRates, found: Speed) -> dict[str, Any]:
-            return {"hit_rate": asdict(rates), "tokens_per_s": asdict(found)}
-
-        return {
-            "model": self.facts.to_dict(),
-            "hardware": asdict(self.hardware),
-            **{name: getattr(self, name) for name in _FIGURES},
-            "before": scenario(self.before, self.speed_before),
-            "after": scenario(self.after, self.speed_after),
-            "notes": list(self.notes),
-            "assumed": list(self.assumed),
-            "measured": False,
-        }
+        found: dict[str, Any] = {"model": self.facts.to_dict(), "hardware": asdict(self.hardware)}
+        found |= {name: getattr(self, name) for name in _FIGURES}
+        for name in ("before", "after"):
+            rates, speed = asdict(getattr(self, name)), asdict(getattr(self, f"speed_{name}"))
+            found[name] = {"hit_rate": rates, "tokens_per_s": speed}
+        notes = {"notes": list(self.notes), "assumed": list(self.assumed)}
+        return found | notes | {"measured": False}
 
 
 def plan(
@@ -148,15 +141,13 @@ def plan(
 
     Args:
         model: A directory, a ``config.json``, a hub name, or facts that were read already; then
-            *context* is theirs.
+            *context*, tokens of a sequence, is theirs.
         gpu_memory: Of the device, as ``"8GiB"``; default: all of the card's.
         card, link, disk: Names of the data file; the last two also as figures.
         ram: Of the host; without it the experts are taken to fit.
         reserve: Device memory kept free; default as in ``assumptions.json``.
-        context: Tokens of a sequence.
         batch: Sequences decoded together.
         bits: 16, 8 or 4 of an expert's weight, in store, link and slots; absent: as stored.
-        latency_s: Of each load on the link.
         trace, tuned_trace: Choices of the model and of the fine-tuned one, for their hit rates.
 
     Raises:
@@ -170,13 +161,7 @@ def plan(
     if bits not in (None, 16, 8, 4):
         raise BudgetError(f"experts cannot be stored at {bits} bits; choose 16, 8 or 4")
     memory = gpu_memory_of(gpu_memory, card)
-    hardware = machine_of(
-        gpu_memory_bytes=memory,
-        card=card,
-        device=device_bandwidth,
-        link=link,
-        disk=disk,
-    )
+    hardware = machine_of(memory, card=card, device=device_bandwidth, link=link, disk=disk)
     if isinstance(model, ModelFacts):
         facts = model
         if bits and facts.packed:  # its blocks are packed already
@@ -196,35 +181,18 @@ def plan(
     ram_bytes = None if ram is None else _memory(ram)
     usable = None if ram_bytes is None else ram_bytes * assumptions()["ram_share"]["value"]
     fits = None if usable is None else stored <= usable
-    before, after = _hit_rates(facts, slots, trace, tuned_trace)
+    rates = _hit_rates(facts, slots, trace, tuned_trace)
     # Slow end: what RAM cannot hold is what misses ask for. Fast end: misses ask for all alike.
     from_disk = (0.0, 0.0) if fits is not False else (1.0, 1 - (usable or 0) / stored)
-    speeds = [
-        _speed(facts, rates, hardware, batch, from_disk, latency_s) for rates in (before, after)
-    ]
-    return Plan(
-        facts=facts,
-        hardware=hardware,
-        gpu_memory_bytes=memory,
-        reserve_bytes=kept,
-        ram_bytes=ram_bytes,
-        batch=batch,
-        bits=bits,
-        slots=slots,
-        slot_bytes=memory_of(slots, facts.layers),  # type: ignore[arg-type]
-        stored_bytes=stored,
-        fits_in_ram=fits,
-        before=before,
-        after=after,
-        speed_before=speeds[0],
-        speed_after=speeds[1],
-        notes=tuple(_notes(facts, slots, batch, bits)),
-        assumed=tuple(_assumed(hardware, ram_bytes, bits, reserve is not None, fits is False)),
-    )
+    speeds = [_speed(facts, one, hardware, batch, from_disk, latency_s) for one in rates]
+    slot_bytes = memory_of(slots, facts.layers)  # type: ignore[arg-type]
+    sizes = (memory, kept, ram_bytes, batch, bits, slots, slot_bytes, stored, fits)
+    notes = tuple(_notes(facts, slots, batch, bits))
+    assumed = tuple(_assumed(hardware, ram_bytes, bits, reserve is not None, fits is False))
+    return Plan(facts, hardware, *sizes, *rates, *speeds, notes, assumed)  # type: ignore[misc]
 
 
 def _memory(text: str | int) -> int:
-    """Read an amount of memory that some machine has."""
     amount = parse_bytes(text)
     if amount > _MOST_MEMORY:
         raise HardwareError(f"no machine has {text} of memory; check the unit, as in 8GiB")
@@ -343,7 +311,6 @@ def _from_trace(trace: Trace, slots: int, name: str) -> HitRates:
         f"{low.upper()} to {high.upper()}; its shape is this model's, its weights were not "
         "compared",
         rates,
-        simulated=True,
     )
 
 
@@ -423,37 +390,25 @@ def host_time() -> tuple[float, float]:
 
 def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[str]:
     """Write the sentences that a reader of the plan must not miss."""
-    out = []
-    if facts.packed is not None:
-        out.append(
-            f"Experts stay packed as they are stored ({facts.packed}); all else is decoded to "
-            f"{facts.dtype} when it is loaded."
-        )
-    if facts.kv_bytes is None:
-        out.append(
-            f"Keys and values: {facts.kv_source}; they are counted nowhere, so keep memory for "
-            "them."
-        )
-    if facts.max_context is not None and facts.context > facts.max_context:
-        out.append(f"The config was made for {facts.max_context} tokens, not for {facts.context}.")
-    if slots < facts.top_k:
-        out.append(
-            f"{slots} slots a layer hold fewer experts than one token uses ({facts.top_k}): "
-            "every token's request is served in pieces, and little stays for the next."
-        )
-    if slots >= facts.num_experts:
-        out.append("Every expert fits: nothing is loaded, and fine-tuning would change nothing.")
-    if batch > 1:
-        out.append(
-            "The experts that a batch asks for are counted as if its sequences chose "
-            "independently; sequences that agree ask for fewer."
-        )
-    if bits in (8, 4):
-        out.append(
-            f"At {bits} bits experts are packed in store, link and slots; all else stays as it "
-            "is. What that costs in text: docs/benchmarks.md."
-        )
-    return out
+    notes = {
+        f"Experts stay packed as they are stored ({facts.packed}); all else is decoded to "
+        f"{facts.dtype} when it is loaded.": facts.packed is not None,
+        f"Keys and values: {facts.kv_source}; they are counted nowhere, so keep memory for "
+        "them.": facts.kv_bytes is None,
+        f"The config was made for {facts.max_context} tokens, not for {facts.context}.": (
+            facts.max_context is not None and facts.context > facts.max_context
+        ),
+        f"{slots} slots a layer hold fewer experts than one token uses ({facts.top_k}): every "
+        "token's request is served in pieces, and little stays for the next.": slots < facts.top_k,
+        "Every expert fits: nothing is loaded, and fine-tuning would change nothing.": (
+            slots >= facts.num_experts
+        ),
+        "The experts that a batch asks for are counted as if its sequences chose independently; "
+        "sequences that agree ask for fewer.": batch > 1,
+        f"At {bits} bits experts are packed in store, link and slots; all else stays as it is. "
+        "What that costs in text: docs/benchmarks.md.": bits in (8, 4),
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _assumed(

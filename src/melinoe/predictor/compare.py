@@ -31,18 +31,13 @@ NAMED = ("popularity", "prefill", "learned")  # strategies that load anything
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    The recall at *slots* of each way to fill the cache before the completion, the `RIVALS` and
-    ``learned``.
-
-    *recall* is over prompts; *transfers*, loads per token of the completion, the prefetch's too;
-    *saved*, what those are less than an empty start's, paired.
-    """
+    """Each way to fill the cache before the completion, the `RIVALS` and ``learned``, by name."""
 
     slots: int  # of each layer
-    recall: Mapping[str, Estimate]
+    recall: Mapping[str, Estimate]  # at so many slots, over prompts
     ceiling: Estimate  # the best that unchanging experts could reach on each prompt
     gain: Estimate  # recall of the learned predictor minus that of the best rival, paired
+    # Loads per token of the completion, the prefetch's too; and less than an empty start's, paired.
     transfers: Mapping[str, Estimate] = field(default_factory=dict)
     saved: Mapping[str, Estimate] = field(default_factory=dict)
 
@@ -60,20 +55,13 @@ class Comparison:
 
     def to_record(self, model: str) -> dict[str, Any]:
         """Return the record of kind ``predictor`` that reports read."""
-        by_name = {"recall": self.recall, "transfers": self.transfers, "saved": self.saved}
-        return {
-            "kind": "predictor",
-            "model": model,
-            "slots": self.slots,
-            "ceiling": self.ceiling.to_dict(),
-            "gain": self.gain.to_dict(),
-            "winner": self.winner,
-            "prefetch": self.prefetch,
-            **{
-                what: {name: one.to_dict() for name, one in estimates.items()} or None
-                for what, estimates in by_name.items()
-            },
-        }
+        found: dict[str, Any] = {"kind": "predictor", "model": model, "slots": self.slots}
+        found |= {"ceiling": self.ceiling.to_dict(), "gain": self.gain.to_dict()}
+        found |= {"winner": self.winner, "prefetch": self.prefetch}
+        for what in ("recall", "transfers", "saved"):
+            estimates = getattr(self, what).items()
+            found[what] = {name: one.to_dict() for name, one in estimates} or None
+        return found
 
 
 def compare(
@@ -117,14 +105,14 @@ def compare(
             trace.fingerprint,
             seed,
             settings,
-            features[torch.from_numpy(~rows)],
+            features[~rows],
         )
         popularity = np.broadcast_to(target[train].mean(axis=0), target[test].shape)
         guesses = {
             "popularity": popularity,
             # A use of the prompt outweighs any difference in popularity, which only breaks ties.
             "prefill": prefill[test] + popularity * 1e-6,
-            "learned": predictor.distributions(features[torch.from_numpy(rows)]),
+            "learned": predictor.distributions(features[rows]),
         }
         found["ceiling"][rows] = recall_at(target[test], target[test], slots)
         for name, scores in guesses.items():

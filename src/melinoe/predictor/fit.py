@@ -13,6 +13,7 @@ from melinoe.errors import DataError
 from melinoe.predictor.model import Predictor, PredictorNetwork, features_of
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 FEWEST_PROMPTS = 10
 
 
@@ -62,10 +63,52 @@ def fit(
     return fit_shares(target, prompts, embeddings, slots, trace.fingerprint, seed, settings)
 
 
-def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+def fit_shares(
+    target: Floats,
+    prompts: Sequence[Sequence[int]],
+    embeddings: torch.Tensor,
+    slots: int,
+    fingerprint: str,
+    seed: int = 0,
+    settings: FitSettings | None = None,
+    features: torch.Tensor | None = None,
+) -> Predictor:
     """
-    Return the indices of the sequences with a prompt and a completion; DataError if they are too
-    few.
+    Fit to shares of use ``(sequences, layers, num_experts)`` instead of a trace; else as `fit`.
+
+    *features* are those of all prompts, if known already; equal prompts are all fitted to or all
+    held out.
+    """
+    settings = settings or FitSettings()
+    if not 1 <= slots <= target.shape[-1]:
+        raise ValueError(f"slots must be in [1, {target.shape[-1]}], got {slots}")
+    kept = usable(target, prompts)
+    goal = torch.from_numpy(target[kept]).float()
+    if features is None:
+        given = features_of(embeddings, [prompts[index] for index in kept])
+    else:
+        given = features[kept]
+    if not given.isfinite().all():
+        raise DataError("the features of a prompt are no numbers; look at the embeddings")
+    learn, stop = _split(same_prompts(prompts)[kept], settings.held_out, seed)
+    popularity = goal[learn].mean(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shape = target.shape[1:]
+        network = PredictorNetwork(given.shape[1], settings.hidden, shape, settings.dropout)
+        network.mean.copy_(given[learn].mean(0))
+        network.scale.copy_(given[learn].std(0).clamp_min(1e-6))
+        torch.nn.init.zeros_(network.output.weight)
+        with torch.no_grad():
+            # A little more than was seen, so that no expert is impossible.
+            network.output.bias.copy_((popularity + 1e-4).log().flatten())
+        _train(network, given, goal, learn, stop, slots, settings)
+    return Predictor(network, embeddings, popularity.numpy(), fingerprint, slots)
+
+
+def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> Ints:
+    """
+    Return the sequences with a prompt and a completion; DataError if they are too few.
 
     Layers that no sequence uses (of a model that sends images through other experts) are not asked
     for.
@@ -81,68 +124,18 @@ def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64
     return found
 
 
-def fit_shares(
-    target: Floats,
-    prompts: Sequence[Sequence[int]],
-    embeddings: torch.Tensor,
-    slots: int,
-    fingerprint: str,
-    seed: int = 0,
-    settings: FitSettings | None = None,
-    features: torch.Tensor | None = None,
-    groups: NDArray[np.int64] | None = None,
-) -> Predictor:
-    """
-    Fit to shares of use ``(sequences, layers, num_experts)`` instead of a trace; else as `fit`.
-
-    *features* are those of all prompts, if known already; prompts of one of *groups*, by default
-    equal ones, are all fitted to or all held out.
-    """
-    settings = settings or FitSettings()
-    if not 1 <= slots <= target.shape[-1]:
-        raise ValueError(f"slots must be in [1, {target.shape[-1]}], got {slots}")
-    kept = usable(target, prompts)
-    goal = torch.from_numpy(target[kept]).float()
-    if features is None:
-        features = features_of(embeddings, [prompts[index] for index in kept])
-    else:
-        features = features[torch.from_numpy(kept)]
-    if not features.isfinite().all():
-        raise DataError("the features of a prompt are no numbers; look at the embeddings")
-    together = same_prompts(prompts) if groups is None else groups
-    learn, stop = _split(together[kept], settings.held_out, seed)
-    popularity = goal[learn].mean(0)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = PredictorNetwork(
-            features.shape[1], settings.hidden, target.shape[1:], settings.dropout
-        )
-        network.mean.copy_(features[learn].mean(0))
-        network.scale.copy_(features[learn].std(0).clamp_min(1e-6))
-        torch.nn.init.zeros_(network.output.weight)
-        with torch.no_grad():
-            # A little more than was seen, so that no expert is impossible.
-            network.output.bias.copy_((popularity + 1e-4).log().flatten())
-        _train(network, (features, goal), (learn, stop), slots, settings)
-    return Predictor(network, embeddings, popularity.numpy(), fingerprint, slots)
-
-
-def same_prompts(prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+def same_prompts(prompts: Sequence[Sequence[int]]) -> Ints:
     """Number prompts, equal ones alike: int64 ``(prompts,)``."""
     numbers: dict[tuple[int, ...], int] = {}
     return np.asarray([numbers.setdefault(tuple(one), len(numbers)) for one in prompts], np.int64)
 
 
-def _split(
-    groups: NDArray[np.int64], held_out: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _split(groups: Ints, held_out: float, seed: int) -> tuple[Ints, Ints]:
     """Rows to learn from, and rows that only decide when to stop; no group is in both."""
     names, group = np.unique(groups, return_inverse=True)
     if names.size < 2:  # one prompt over and over: there is nothing that could be kept apart
         group = np.arange(groups.size)
-    shuffled = np.random.default_rng(seed).permutation(group.max() + 1)
-    rank = np.argsort(shuffled)[group]
+    rank = np.argsort(np.random.default_rng(seed).permutation(group.max() + 1))[group]
     order = np.argsort(rank, kind="stable")
     held = max(1, round(held_out * groups.size))
     # Whole groups up to that many rows, but always one to stop by and one to learn from.
@@ -152,25 +145,27 @@ def _split(
 
 def _train(
     network: PredictorNetwork,
-    data: tuple[torch.Tensor, torch.Tensor],
-    split: tuple[NDArray[np.int64], NDArray[np.int64]],
+    features: torch.Tensor,
+    goal: torch.Tensor,
+    learn: Ints,
+    stop: Ints,
     slots: int,
     settings: FitSettings,
 ) -> None:
     """Descend, and leave the state of the best pass in *network*."""
-    (features, goal), (learn, stop) = data, split
     held_goal = goal[stop].double().numpy()
 
-    def recall() -> float:
+    def judged() -> tuple[float, dict[str, torch.Tensor]]:
         network.eval()
         with torch.inference_mode():
             scores = network(features[stop]).double().numpy()
-        return float(recall_at(held_goal, scores, slots).mean())
+        state = {name: value.clone() for name, value in network.state_dict().items()}
+        return float(recall_at(held_goal, scores, slots).mean()), state
 
     optimizer = torch.optim.AdamW(
         network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
     )
-    best, best_state, waited = recall(), _copy(network), 0
+    (best, state), waited = judged(), 0
     for _ in range(settings.epochs):
         network.train()
         for rows in torch.from_numpy(learn)[torch.randperm(len(learn))].split(settings.batch_size):
@@ -180,16 +175,12 @@ def _train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        now = recall()
+        now, reached = judged()
         if now > best + 1e-9:
-            best, best_state, waited = now, _copy(network), 0
+            best, state, waited = now, reached, 0
         elif (waited := waited + 1) >= settings.patience:
             break
-    network.load_state_dict(best_state)
-
-
-def _copy(network: PredictorNetwork) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(state)
 
 
 # --- what is learned, and how a guess is judged ---------------------------------------------------
@@ -202,16 +193,13 @@ def use_counts(trace: Trace, kind: int, num_sequences: int | None = None) -> Flo
     float64 ``(sequences, layers, num_experts)``, of *num_sequences* if they are more than the trace
     has.
     """
-    sequences = trace.num_sequences if num_sequences is None else num_sequences
-    rows = trace.kind == kind
-    experts, sequence = trace.experts[rows].astype(np.int64), trace.sequence[rows].astype(np.int64)
-    counts = np.zeros((sequences, trace.num_layers, trace.num_experts))
-    for layer in range(trace.num_layers):
-        chosen = experts[:, layer, :]
-        cells = (sequence[:, None] * trace.num_experts + chosen)[chosen >= 0]
-        found = np.bincount(cells, minlength=sequences * trace.num_experts)
-        counts[:, layer] = found.reshape(sequences, trace.num_experts)
-    return counts
+    rows, layers = trace.kind == kind, np.arange(trace.num_layers)[:, None]
+    chosen, sequence = trace.experts[rows].astype(np.int64), trace.sequence[rows]
+    there = chosen >= 0
+    shape = (num_sequences or trace.num_sequences, trace.num_layers, trace.num_experts)
+    at = np.broadcast_arrays(sequence[:, None, None], layers, chosen)
+    cells = np.ravel_multi_index(tuple(one[there] for one in at), shape)
+    return np.bincount(cells, minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
 
 
 def completion_shares(trace: Trace, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
@@ -226,20 +214,15 @@ def completion_shares(trace: Trace, prompts: Sequence[Sequence[int]]) -> tuple[F
     return after / after.sum(-1, keepdims=True).clip(1), own / own.sum(-1, keepdims=True).clip(1)
 
 
-def top_ids(scores: Floats, slots: int) -> NDArray[np.int64]:
-    """Return the ids of the *slots* highest scores, best first; ties go to the lower id."""
-    return np.argsort(-scores, axis=-1, kind="stable")[..., :slots]
-
-
 def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
     """
     Return the share of uses that the *slots* best-scored experts of each layer would serve.
 
     Mean over the layers that the sequence used; nan without. *target* are shares ``(sequences,
     layers, num_experts)``, each layer summing to 1, or to 0 where it is not used; *scores*
-    broadcast to it.
+    broadcast to it. Ties go to the lower id.
     """
-    chosen = top_ids(np.broadcast_to(scores, target.shape), slots)
-    served = np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).sum(axis=-1)
+    order = np.argsort(-np.broadcast_to(scores, target.shape), axis=-1, kind="stable")
+    served = np.take_along_axis(target, order[..., :slots], axis=-1).sum(axis=-1).sum(axis=-1)
     used = (target.sum(axis=-1) > 0).sum(axis=-1)
     return np.where(used > 0, served, np.nan) / np.maximum(used, 1)

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,7 @@ from torch import nn
 
 from melinoe.cache.prefetch import most_wanted
 from melinoe.checkpoint.writing import whole_directory
-from melinoe.errors import (
-    CheckpointError,
-    DataError,
-    ModelError,
-    TokenizerError,
-)
+from melinoe.errors import CheckpointError, DataError, ModelError, TokenizerError
 from melinoe.moe.routing import fingerprint
 from melinoe.whole_file import parse_json
 
@@ -85,32 +81,20 @@ class PredictorNetwork(nn.Module):
         return self.output(self.dropout(inner)).unflatten(-1, self.shape)
 
 
+@dataclass(eq=False)
 class Predictor:
-    """
-    A fitted network that names the experts each layer will use for a prompt.
+    """A fitted network that names the experts each layer will use for a prompt."""
 
-    *fingerprint* is that of the model it was fitted to; *slots*, experts per layer that its early
-    stopping looked at; *popularity*, float32 ``(layers, experts)``, the mean over the fitted
-    sequences; *embeddings*, the served model's, None until `bind`; *comparison*, the record of
-    `compare`.
-    """
+    network: PredictorNetwork
+    embeddings: torch.Tensor | None  # the served model's; None until `bind`
+    popularity: NDArray[np.float32]  # (layers, experts), the mean over the fitted sequences
+    fingerprint: str  # of the model it was fitted to
+    slots: int  # experts per layer that its early stopping looked at
+    comparison: dict[str, Any] | None = None  # the record of `compare`
+    _model: "weakref.ref[nn.Module] | None" = field(default=None, init=False)
 
-    def __init__(
-        self,
-        network: PredictorNetwork,
-        embeddings: torch.Tensor | None,
-        popularity: NDArray[np.float32],
-        fingerprint: str,
-        slots: int,
-        comparison: dict[str, Any] | None = None,
-    ) -> None:
-        self.network = network.eval()
-        self.embeddings = embeddings
-        self.popularity = popularity
-        self.fingerprint = fingerprint
-        self.slots = slots
-        self.comparison = comparison
-        self._model: weakref.ref[nn.Module] | None = None
+    def __post_init__(self) -> None:
+        self.network.eval()
 
     def predict(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """
@@ -155,15 +139,9 @@ class Predictor:
         """Write a directory with ``predictor.safetensors`` and ``predictor.json``, or nothing."""
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         weights["popularity"] = torch.from_numpy(self.popularity)
-        header = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "layers": self.network.shape[0],
-            "experts": self.network.shape[1],
-            "slots": self.slots,
-            "encoder": READS_WITH,
-            "comparison": self.comparison,
-        }
+        header: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint}
+        header |= dict(zip(("layers", "experts"), self.network.shape, strict=True))
+        header |= {"slots": self.slots, "encoder": READS_WITH, "comparison": self.comparison}
         with whole_directory(path) as directory:
             save_file(weights, directory / _WEIGHTS)
             (directory / _HEADER).write_text(json.dumps(header, indent=1) + "\n")

@@ -30,11 +30,7 @@ def save_prompts(trace: str | Path, fingerprint: str, prompts: Sequence[Sequence
 
 
 def load_prompts(path: str | Path, trace: Trace) -> list[list[int]]:
-    """
-    Read what `save_prompts` wrote beside the trace at *path*.
-
-    DataError: there are none, they are malformed, or they belong to another model's trace.
-    """
+    """Read what `save_prompts` wrote beside the trace at *path*; DataError: none, or another's."""
     file = prompts_path(path)
     way_out = "trace them again with melinoe trace, which keeps them"
     try:

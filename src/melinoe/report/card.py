@@ -38,12 +38,8 @@ def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
     Write ``README.md`` and its figures from a checkpoint's ``melinoe.json``; the card comes first.
 
     The same ``melinoe.json`` gives the same files. What stands below the card's last line, and
-    what a person put into its front matter, stays.
-
-    Raises:
-        CheckpointError: *directory* has no ``melinoe.json``, or a malformed one.
-        OutputExistsError: it has a ``README.md`` of others, and not *overwrite*.
-        WriteError: it cannot be written to.
+    what a person put into its front matter, stays. CheckpointError: no ``melinoe.json``, or a
+    malformed one. OutputExistsError: a ``README.md`` of others, and not *overwrite*. WriteError.
     """
     import yaml
 
@@ -104,12 +100,9 @@ def _front_matter(metadata: Json, adapter: bool) -> dict[str, Any]:
 
 
 def _records(metadata: Json) -> list[dict[str, Any]]:
-    """Make the records of a report's figures: losses, experts of completions, hit rates."""
+    """Make the records of a report's figures: experts of completions, hit rates."""
     outcome = metadata.get("outcome") or {}
-    log = [row for row in metadata.get("log") or [] if "step" in row]
     found: list[dict[str, Any]] = []
-    if log:
-        found.append({"kind": "training", "model": "fine-tuned", "log": log})
     for side, model in (("before", "base"), ("control", "control"), ("after", "fine-tuned")):
         if not outcome.get(side):
             continue
@@ -136,38 +129,22 @@ def _body(name: str, metadata: Json, pictures: Sequence[str], adapter: bool) -> 
             o["in_domain"] for o in outcome["after"]["perplexity"].values()
         )
         about["machine"] = literal(hardware(outcome.get("machine") or {}))
-    return (
-        Environment(
-            loader=PackageLoader("melinoe.report", ""),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        .get_template("card.md")
-        .render(
-            about,
-            name=literal(name),
-            base=base and base_link(base, metadata),
-            adapter=adapter,
-            purpose=purpose,
-            asks=purpose == "locality" and not control,
-            control=control,
-            like_for_like=control and _differing(outcome, settings) == [],
-            outcome=outcome,
-            training=_training(metadata),
-            pictures=pictures,
-            licence=metadata.get("license"),
-        )
+    about |= {"name": literal(name), "base": base and base_link(base, metadata)}
+    about |= {"adapter": adapter, "purpose": purpose, "control": control, "outcome": outcome}
+    about |= {"like_for_like": control and _differing(outcome, settings) == []}
+    about |= {"asks": purpose == "locality" and not control, "training": _training(metadata)}
+    how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = Environment(loader=PackageLoader("melinoe.report", ""), **how).get_template(
+        "card.md"
     )
+    return template.render(about, pictures=pictures, licence=metadata.get("license"))
 
 
 def _purpose(settings: Json) -> str:
     """Name what a run was for, by its settings: locality, or what its control or a plain run is."""
     if not settings or for_locality(settings):
         return "locality"
-    names = ["lambda_distill", "lambda_match", "lambda_replay"]
-    names += ["lambda_rank"] if settings.get("anchor") != "none" else []
-    return "control" if any(settings.get(name) for name in names) else "plain"
+    return "control" if settings.get("lambda_replay") or settings.get("lambda_rank") else "plain"
 
 
 def base_link(base: str, metadata: Json) -> str:
@@ -191,9 +168,7 @@ def _differing(outcome: Json, settings: Json) -> list[str] | None:
 
 
 def verdict(outcome: Json, settings: Json) -> str:
-    """
-    Say what was measured of the aim: transfers and perplexity against the control, or the base.
-    """
+    """Say what was measured: transfers and perplexity against the control, or the base."""
     other, name, change, priced = "its base", "the base", outcome["change"], False
     if has_control(outcome):
         name, change = "the control", outcome["change_from_control"]
@@ -208,12 +183,11 @@ def verdict(outcome: Json, settings: Json) -> str:
         "reading the same held-out text"
     )
     said = _transfers(by_size.get(slots), other, name, where)
-    own: list[str] = []
-    others: list[str] = []
+    own: dict[bool, list[str]] = {True: [], False: []}
     for domain, value in change["perplexity"].items():
         inside = outcome["after"]["perplexity"][domain]["in_domain"]
-        (own if inside else others).append(_changed(domain, value, inside and priced))
-    said = f"{'; '.join([said, *own])}."
+        own[inside].append(_changed(domain, value, inside and priced))
+    said, others = f"{'; '.join([said, *own[True]])}.", own[False]
     if others:
         beside = "Price out of domain" if priced else "Perplexity out of domain"
         said += f" {beside}, against {name}: {'; '.join(others)}."
@@ -224,7 +198,7 @@ def _transfers(value: Json | None, other: str, name: str, where: str) -> str:
     """Begin the sentence on a model's transfers against another's."""
     if value is None:
         return f"Against {other}, this model needs **no transfers** ({where})"
-    ratio = _estimate(value)
+    ratio = Estimate.from_dict(value)
     told = f"the transfers per token of {name} over this model's are {inline(ratio)} ({where})"
     if ratio.n < 2:
         return f"{NO_CHANGE} against {other}: {told}, on one prompt, which says nothing of the next"
@@ -238,7 +212,7 @@ def _transfers(value: Json | None, other: str, name: str, where: str) -> str:
 
 def _changed(domain: str, value: Json, priced: bool) -> str:
     """Say what became of perplexity on one text."""
-    change, text = _estimate(value), f"perplexity on held-out {literal(domain)}"
+    change, text = Estimate.from_dict(value), f"perplexity on held-out {literal(domain)}"
     if change.n < 2:
         return f"{text} {signed(change)}, on one text, which says nothing of the next"
     if change.low <= 0 <= change.high:
@@ -246,10 +220,6 @@ def _changed(domain: str, value: Json, priced: bool) -> str:
     if change.mean > 0 and priced:
         return f"at a price of **{signed(change)}** in {text}"
     return f"{text} **{signed(change)}**"
-
-
-def _estimate(value: Json) -> Estimate:
-    return Estimate.from_dict(value)
 
 
 def _tables(outcome: Json, aims: bool) -> list[str]:
@@ -263,8 +233,8 @@ def _tables(outcome: Json, aims: bool) -> list[str]:
     rows = []
     for domain, value in outcome["after"]["perplexity"].items():
         where = "in domain" if value["in_domain"] else "out of domain"
-        found = (_estimate(side["perplexity"][domain]["perplexity"]) for side in sides)
-        changed = (Cell(signed(_estimate(one["perplexity"][domain]))) for one in changes)
+        found = (Estimate.from_dict(side["perplexity"][domain]["perplexity"]) for side in sides)
+        changed = (Cell(signed(Estimate.from_dict(one["perplexity"][domain]))) for one in changes)
         shown = (cell(one, digits=4) for one in found)
         rows.append([Cell(f"{domain} ({where})"), *shown, *changed])
     trained = f" {outcome['slots']} slots" if aims else None
@@ -284,10 +254,12 @@ def _locality(
     """Yield rows, a name and cells: each model's locality while it wrote or read, and changes."""
     sides, changes = [side[doing] for side in sides], [one[doing] for one in changes]
     nothing = [Cell("")] * len(changes)
-    means = [cell(_estimate(side["experts_per_sequence_mean"])) for side in sides]
-    fewer = [inline(_estimate(one["experts_per_sequence"])).replace("-", "−") for one in changes]
+    means = [cell(Estimate.from_dict(side["experts_per_sequence_mean"])) for side in sides]
+    fewer = [
+        inline(Estimate.from_dict(one["experts_per_sequence"])).replace("-", "−") for one in changes
+    ]
     yield ["experts per sequence, mean layer", *means, *map(Cell, fewer)]
-    reuse = [cell(_estimate(side["reuse"]), "%") for side in sides]
+    reuse = [cell(Estimate.from_dict(side["reuse"]), "%") for side in sides]
     yield ["experts reused from the token before", *reuse, *nothing]
     whole = [Cell(f"{plain(side['distinct_experts'])} of {total}") for side in sides]
     yield ["experts used over all prompts, mean layer", *whole, *nothing]
@@ -295,12 +267,12 @@ def _locality(
         caches = [side["caches"][policy] for side in sides]
         for at, size in enumerate(found["slots"]):
             moved, hits = (
-                [cell(_estimate(c[key][c["slots"].index(size)]), unit) for c in caches]
+                [cell(Estimate.from_dict(c[key][c["slots"].index(size)]), unit) for c in caches]
                 for key, unit in (("transfers_per_token", ""), ("hit_rate", "%"))
             )
             # Both changes leave out the same sizes: those at which the tuned model loads nothing.
             ratios = [one["transfers_per_token"][policy]["ratio"][at] for one in changes]
-            times = [Cell(f"÷ {inline(_estimate(ratio))}") for ratio in ratios]
+            times = [Cell(f"÷ {inline(Estimate.from_dict(ratio))}") for ratio in ratios]
             yield [f"transfers per token, {policy.upper()}, {size} slots", *moved, *times]
             yield [f"hit rate, {policy.upper()}, {size} slots", *hits, *nothing]
 
@@ -317,8 +289,8 @@ def _training(metadata: Json) -> str:
         "steps": f"{max(steps):,}" if steps else None,
         "steps skipped for a loss that was not finite": metadata.get("skipped_steps") or None,
         "training time": None if seconds is None else f"{seconds:,.0f} s",
-        **dict(flat({key: value for key, value in settings.items() if key != "steps"})),
-        **{f"{name} version": text for name, text in flat(metadata.get("versions") or {})},
+        **flat({key: value for key, value in settings.items() if key != "steps"}),
+        **flat({f"{name} version": of for name, of in (metadata.get("versions") or {}).items()}),
     }
     rows = [[Cell(name), Cell(str(text))] for name, text in facts.items() if text is not None]
     return markdown(Table("", "", ["setting", "value"], rows)) if rows else ""

@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-import numpy as np
-
 from melinoe.report.comparing import in_order
-from melinoe.report.records import TRAINING_TERMS, Measurements, Record, estimate
+from melinoe.report.records import Measurements, Record, estimate
 from melinoe.report.table import NOT_MEASURED, Cell, Table, cell, plain
 from melinoe.stats import Estimate, bootstrap
 
 # After Okabe and Ito, distinct without colour vision; darkened to be legible as text.
 COLOUR = {
-    "ink": "#1c2126",
-    "muted": "#5b6570",
-    "grid": "#e4e6e3",
-    "base": "#0067a5",
-    "control": "#b35a00",
-    "tuned": "#00775a",
-    "other": "#8a4a86",
-    "rose": "#b8325c",
-    "olive": "#6b6a00",
-    "slate": "#4f5f86",
+    **{"ink": "#1c2126", "muted": "#5b6570", "grid": "#e4e6e3"},
+    **{"base": "#0067a5", "control": "#b35a00", "tuned": "#00775a", "other": "#8a4a86"},
+    **{"rose": "#b8325c", "olive": "#6b6a00", "slate": "#4f5f86"},
 }
 MODELS = {"base": "base", "control": "control", "fine-tuned": "tuned"}  # to their colours
 # A drawing is made for a light page; on a dark one it is inverted, hues kept.
@@ -37,21 +28,15 @@ STYLE: Any = {
     "font.size": 10.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": COLOUR["muted"],
-    "axes.labelcolor": COLOUR["muted"],
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": COLOUR["grid"],
     "text.color": COLOUR["ink"],
-    "xtick.color": COLOUR["muted"],
-    "ytick.color": COLOUR["muted"],
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
     "legend.frameon": False,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **{f"{of}.facecolor": "none" for of in ("figure", "axes", "savefig")},
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor"), COLOUR["muted"]),
+    **dict.fromkeys(("xtick.color", "ytick.color"), COLOUR["muted"]),
 }
 
 
@@ -112,15 +97,10 @@ def locality(found: Measurements) -> Figure | None:
             axes.boxplot(values, positions=[row], tick_labels=[model], **shape, **parts)
         axes.set(xlim=(0, num_experts), ylim=(len(models) - 0.4, -0.6))
         axes.set_xlabel(f"experts a sequence uses, of {num_experts} in a layer")
-    rows = [
-        [
-            Cell(m),
-            cell(means[m]),
-            cell(estimate(records[m], "reuse"), "%"),
-            Cell(f"{plain(whole[m])} of {num_experts}" if m in whole else NOT_MEASURED),
-        ]
-        for m in models
-    ]
+    rows = []
+    for m in models:
+        of_all = Cell(f"{plain(whole[m])} of {num_experts}" if m in whole else NOT_MEASURED)
+        rows.append([Cell(m), cell(means[m]), cell(estimate(records[m], "reuse"), "%"), of_all])
     columns = ["model", "experts per sequence", "reuse", "distinct over the whole set"]
     table = Table("locality", "Experts used", columns, rows)
     caption = (
@@ -177,41 +157,3 @@ def _band(axes: Any, at: Sequence[int], rates: Sequence[Record], label: str, **l
     low, mean, high = ([100 * one[end] for one in rates] for end in ("low", "mean", "high"))
     axes.fill_between(at, low, high, color=look["color"], alpha=0.14, linewidth=0)
     axes.plot(at, mean, label=label, markersize=4, **look)
-
-
-def training(found: Measurements) -> Figure | None:
-    """Draw each loss over the training steps, one panel per loss, one line per model."""
-    logs = {m: record["log"] for m, record in found.by_model("training").items()}
-    models, panels = in_order(logs), list[str]()
-    terms = {
-        term: name
-        for term, name in TRAINING_TERMS.items()
-        if any(row.get(term) is not None for log in logs.values() for row in log)
-    }
-    if not terms:
-        return None
-    ends: dict[tuple[str, str], str] = {}
-    for term, name in terms.items():
-        with panel(panels, 2.8) as figure:
-            axes = figure.add_subplot(title=name, xlabel="training step")
-            for model, look in looks(models).items():
-                rows = [row for row in logs[model] if row.get(term) is not None]
-                if not rows:
-                    continue
-                steps, values = (np.array([row[key] for row in rows]) for key in ("step", term))
-                axes.plot(steps, values, color=look["color"], linewidth=0.7, alpha=0.35)
-                window = max(1, len(values) // 30)
-                smooth = np.convolve(values, np.ones(window) / window, "valid")
-                axes.plot(steps[window - 1 :], smooth, color=look["color"], label=model)
-                some = max(1, len(values) // 20)
-                both = (values[:some].mean(), values[-some:].mean())
-                ends[model, term] = " → ".join(map(plain, both))
-            axes.legend()
-    table_rows = [
-        [Cell(m), *(Cell(ends.get((m, term), NOT_MEASURED)) for term in terms)] for m in models
-    ]
-    columns = ["model", *(f"{name}, start → end" for name in terms.values())]
-    title = "Losses: mean of first and last twentieth of steps"
-    table = Table("training", title, columns, table_rows)
-    caption = "Each loss at every step, and its mean over a thirtieth of the steps."
-    return Figure("training", "Losses over training", panels, caption, table)

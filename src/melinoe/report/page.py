@@ -21,7 +21,6 @@ from melinoe.report.records import Measurements, Record, Sources, estimate, read
 from melinoe.report.table import Table, flat, hardware, inline, join, literal, markdown
 from melinoe.report.tables import (
     Serving,
-    benchmark_tables,
     link_text,
     main_table,
     model_tables,
@@ -50,9 +49,7 @@ Part = str | Table | Figure  # Markdown, or what becomes some
 
 
 def page_path(out: Path | str) -> Path:
-    """
-    Return the path of a page; DataError, before minutes of replays, if it is not named as one.
-    """
+    """Return a page's path; DataError, before minutes of replays, if it is not named as one."""
     path = Path(out)
     if path.suffix not in (".html", ".htm"):
         raise DataError(f"{path} is not the name of an HTML page; let it end in .html")
@@ -64,10 +61,7 @@ def write_report(sources: Sources, out: Path | str) -> None:
     Write the report of some records as *out* (HTML) and beside it as Markdown (``.md``).
 
     The page makes no request: style and figures are inside. The same records give the same bytes.
-    Each file appears whole or not at all.
-
-    Raises:
-        DataError: as `read_records`, or *out* cannot be written.
+    Each file appears whole or not at all. DataError: as `read_records`, or *out* cannot be written.
     """
     out = page_path(out)
     parts = assemble(read_records(sources))
@@ -86,20 +80,6 @@ def svg_files(drawn: Sequence[Figure]) -> dict[str, str]:
         for one in drawn
         for number, panel in enumerate(one.panels, 1)
     }
-
-
-def write_figures(drawn: Sequence[Figure], directory: Path | str) -> list[Path]:
-    """
-    Write every panel of every figure as an SVG file into *directory*, which is made.
-
-    Raises:
-        DataError: there is no figure, or *directory* cannot be written to.
-    """
-    texts = {Path(directory) / name: text for name, text in svg_files(drawn).items()}
-    if not texts:
-        raise DataError("none of these records makes a figure; give those of a demo")
-    _write(texts, directory)
-    return [*texts]
 
 
 def _write(texts: Mapping[Path, str], named: Path | str) -> None:
@@ -161,10 +141,7 @@ def assemble(found: Measurements) -> list[Part]:
     """Arrange all that the records allow; what they lack is left out, with a note."""
     configurations = servings(found)
     first = configurations[0] if configurations else None
-    measured = benchmark_tables(found)
-    # Without a comparison of models, the strategies that were run side by side are the first thing.
     compared = [main_table(found, c) for c in configurations]
-    compared = compared or [table for table in measured if table.name == "bench"]
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
     cache = [figures.curves(found, first.slots if first else None)]
     contents: list[tuple[str, str, Sequence[Part | None]]] = [
@@ -173,9 +150,7 @@ def assemble(found: Measurements) -> list[Part]:
         ("Cache size and policy", "curve", cache),
         ("Quality", "quality", model_tables(found)),
         ("Prediction", "predictor", [predictor_table(found)]),
-        ("Training", "training", [figures.training(found)]),
         ("Where the time goes", "serve", times),
-        ("Benchmarks", "", [table for table in measured if table not in compared]),
         ("How it was run", "demo", _run(found)),
     ]
     title = "a Mixture-of-Experts model in a fraction of its memory"
@@ -185,7 +160,7 @@ def assemble(found: Measurements) -> list[Part]:
     for title, kind, made in contents:
         if shown := [one for one in made if one is not None]:
             parts += [f"## {title}", *shown]
-        elif kind:
+        else:
             missing.append(f"{title}: no records of kind {kind!r}, so left out.")
     glossary = (HERE / "glossary.md").read_text(encoding="utf-8").strip()
     remarks = _bullets(_limits(found) + missing + found.notes)
@@ -218,7 +193,8 @@ def _run(found: Measurements) -> list[str]:
     groups |= {f"Training of {r['model']}": r.get("settings") for r in found.of("training")}
     groups["Versions"] = demo.get("versions") or _machine(found).get("versions")
     return [
-        f"### {literal(name)}\n\n" + _bullets([f"{key}: {text}" for key, text in flat(facts)])
+        f"### {literal(name)}\n\n"
+        + _bullets([f"{key}: {text}" for key, text in flat(facts).items()])
         for name, facts in groups.items()
         if facts
     ]
@@ -231,7 +207,7 @@ def _limits(found: Measurements) -> list[str]:
         UNMODIFIED: None in links,
         EMULATED: any(links),
         NO_GPU: bool(links) and not _machine(found).get("gpu"),
-        NO_TASK: bool(found.of("quality")) and not found.of("score"),
+        NO_TASK: bool(found.of("quality")),
     }
     return [text for text, holds in said.items() if holds]
 

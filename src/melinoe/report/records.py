@@ -5,6 +5,7 @@ A record is a plain dict with a ``kind``; a benchmark's result has ``benchmark``
 is an estimate ``{"mean", "low", "high", "n"}``: its 95 % interval over *n* items.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +17,6 @@ from melinoe.stats import Estimate
 from melinoe.whole_file import parse_json
 
 Record = Mapping[str, Any]
-
-# Losses that a training log may hold, with their names for people.
-TRAINING_TERMS = {
-    "nll": "next-token loss (nats)",
-    "cache": "cache loss",
-    "concentration": "concentration loss",
-    "anchor": "anchor loss",
-    "reuse": "reuse loss",
-    "distill": "distillation loss",
-    "match": "hidden-state distance",
-    "replay": "replay loss (nats)",
-}
 
 _LINK: Schema = fields("number", "bandwidth_gb_s", "latency_us")
 # The fields of each kind of record; see `melinoe.schema`.
@@ -44,7 +33,6 @@ FIELDS: dict[str, dict[str, Schema]] = {
         **fields("text", "model", "domain"),
         **{"in_domain": "flag", "perplexity": "estimate", "per_sequence?": "object"},
     },
-    "score": {**fields("text", "model", "domain", "metric", "how?"), "score": "estimate"},
     "comparison": {
         **fields("text", "model", "other", "domain", "metric", "better?"),
         **{"change": "estimate", "relative": "flag"},
@@ -68,7 +56,7 @@ FIELDS: dict[str, dict[str, Schema]] = {
     },
     "training": {
         "model": "text",
-        "log": [{"step": "count", **fields("number", *(f"{term}?" for term in TRAINING_TERMS))}],
+        "log": [{"step": "count"}],
         "settings?": "object",
     },
     "demo": fields("object", "settings?", "seconds?", "machine?"),
@@ -101,17 +89,14 @@ def read_records(sources: Sources) -> Measurements:
 
     *sources* are records, paths of `.jsonl` and `.json` files or of directories of them, or both;
     what this function returned passes through. Kinds that a report does not show are left out,
-    with a note.
-
-    Raises:
-        DataError: a file cannot be read, holds no record, or holds a malformed one; with its line.
+    with a note. DataError: a file cannot be read, or holds no record or a malformed one.
     """
     if isinstance(sources, Measurements):
         return sources
     if isinstance(sources, str | Path | Mapping):
         sources = [sources]
     found = Measurements()
-    unknown: dict[str, int] = {}
+    unknown: Counter[str] = Counter()
     for number, source in enumerate(sources, start=1):
         if isinstance(source, str | Path):
             items = [item for path in _files(Path(source)) for item in _items(path)]
@@ -122,7 +107,7 @@ def read_records(sources: Sources) -> Measurements:
         for record, where in items:
             kind = check(record, where)
             if kind is None:
-                unknown[record["kind"]] = unknown.get(record["kind"], 0) + 1
+                unknown[record["kind"]] += 1
             else:
                 found.by_kind.setdefault(kind, []).append(record)
     for kind, count in unknown.items():
@@ -158,13 +143,10 @@ def _items(path: Path) -> Iterator[tuple[Any, str]]:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield _parse(line, where := f"{path}, line {number}"), where
-        return
-    whole = _parse(text, str(path))
-    if not isinstance(whole, list):
+    elif isinstance(whole := _parse(text, str(path)), list):
+        yield from ((item, f"{path}, record {index}") for index, item in enumerate(whole, start=1))
+    else:
         yield whole, str(path)
-        return
-    for index, item in enumerate(whole, start=1):
-        yield item, f"{path}, record {index}"
 
 
 def _parse(text: str, where: str) -> Any:
@@ -182,9 +164,7 @@ def estimate(record: Record | None, name: str) -> Estimate | None:
 
 
 def check(record: Any, where: str) -> str | None:
-    """
-    Check one record, and return its kind; ``None`` if the kind is not one that a report shows.
-    """
+    """Check one record, and return its kind; ``None`` if it is of none that a report shows."""
 
     def fail(what: str) -> DataError:
         return DataError(f"{where}: {what}; measure again, or take this record out")

@@ -1,7 +1,6 @@
 # ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
 """Numbers, estimates, settings and machines as text; a table of them as Markdown or plain text."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,17 +9,9 @@ from typing import Any, Literal
 from melinoe.stats import Estimate
 
 DASH = "–"
-UNITS = {
-    "_gb_s": "GB/s",
-    "_us": "µs",
-    "_ms": "ms",
-    "_s": "s",
-    "_bytes": "GiB",
-    "_gib": "GiB",
-    "_mib": "MiB",
-    "_percent": "%",
-}
-Facts = list[tuple[str, str]]  # a name and a text each
+NOT_MEASURED = "n/a"
+UNITS = {"_gb_s": "GB/s", "_us": "µs", "_ms": "ms", "_s": "s", "_bytes": "GiB", "_gib": "GiB"}
+UNITS |= {"_mib": "MiB", "_percent": "%"}
 
 
 def label(key: str) -> str:
@@ -81,24 +72,20 @@ def say(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Facts:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Write a mapping as names and texts, nested names joined: ``link bandwidth (GB/s)``."""
-    facts: Facts = []
+    facts: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{label(key)}"
-        nested = isinstance(value, Mapping)
-        facts += flat(value, f"{name} ") if nested else [(name, say(value))]
+        facts |= flat(value, f"{name} ") if isinstance(value, Mapping) else {name: say(value)}
     return facts
 
 
 def hardware(machine: Mapping[str, Any]) -> str:
     """Write a machine on one line, leaving out what it does not have."""
     parts = {k: item for k, item in machine.items() if k not in ("versions", "commit", "date")}
-    said = [f"{name}: {text}" for name, text in flat(parts) if text not in ("none", "")]
-    return "; ".join(said)
-
-
-NOT_MEASURED = "n/a"
+    facts = flat(parts).items()
+    return "; ".join(f"{name}: {text}" for name, text in facts if text not in ("none", ""))
 
 
 @dataclass(frozen=True)
@@ -149,55 +136,20 @@ def markdown(table: Table) -> str:
     return text + "".join(f"\n\n{literal(note)}" for note in table.notes)
 
 
-def terminal(table: Table, width: int) -> str:
-    """
-    Write a table for *width* columns of a terminal: the interval below its mean.
-
-    No number is ever cut: a terminal too narrow for the table gets one line per cell instead.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(
-        box=box.SIMPLE_HEAD, title=table.title, title_justify="left", collapse_padding=True
-    )
-    stacked = [
-        [
-            "\n".join(filter(None, (one.text, one.interval, one.remark.replace(" [", "\n[", 1))))
-            for one in row
-        ]
-        for row in table.rows
-    ]
-    needs = []
-    for index, column in enumerate(table.columns):
-        # A heading and a row's name may break between words, a number nowhere.
-        lines = [line for row in stacked for line in row[index].split("\n" if index else None)]
-        needs.append(max(map(len, [*column.split(), *lines])))
-        drawn.add_column(Text(column), justify="right" if index else "left", min_width=needs[-1])
-    for row in stacked:
-        drawn.add_row(*map(Text, row))
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=width, color_system=None)
-    if sum(needs) + 2 * len(needs) + 2 > width:  # a space between columns, and one beside each
-        lines = [table.title]
-        widest = max(map(len, table.columns))
-        for cells in table.rows:
-            named = zip(table.columns[1:], cells[1:], strict=True)
-            lines += ["", cells[0].inline()]
-            lines += [f"  {column:<{widest}}  {one.inline()}" for column, one in named]
-        return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
-    console.print(drawn)
-    for note in table.notes:
-        console.print(Text(note))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+def terminal(table: Table) -> str:
+    """Write a table for a terminal of any width: one line a figure, row by row."""
+    lines, widest = [table.title], max(map(len, table.columns))
+    for cells in table.rows:
+        named = zip(table.columns[1:], cells[1:], strict=True)
+        lines += ["", cells[0].inline()]
+        lines += [f"  {column:<{widest}}  {one.inline()}" for column, one in named]
+    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
 
 
-def render(tables: Sequence[Table], form: Literal["markdown", "text"], width: int = 0) -> str:
+def render(tables: Sequence[Table], form: Literal["markdown", "text"]) -> str:
     """Write tables one below the other, as ``"markdown"`` or ``"text"``."""
     if form == "text":
-        return "\n\n".join(terminal(table, width) for table in tables)
+        return "\n\n".join(map(terminal, tables))
     if form != "markdown":
         raise ValueError(f"form must be 'markdown' or 'text', not {form!r}")
     return "\n\n".join(f"**{literal(table.title)}**\n\n{markdown(table)}" for table in tables)
