@@ -55,10 +55,6 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
             "with locality terms",
         ),
         (THEIRS | {"settings": SETTINGS_OF | OFF | {"lambda_rank": 0.0}}, "lambda_rank 0.0 in it"),
-        (
-            THEIRS | {"settings": SETTINGS_OF | OFF | {"keep": "best", "save": "both"}},
-            "keep best in it and last in this run",
-        ),
         (THEIRS | {"settings": {"seed": "three"} | OFF}, "no melinoe.json"),
         (THEIRS | {"settings": {"gamma": 7} | OFF}, "no melinoe.json"),
     ],

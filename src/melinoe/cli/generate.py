@@ -178,7 +178,7 @@ def _read_prompt() -> str:
     except OSError as error:
         raise DataError(f"standard input cannot be read ({error.strerror}); {way_out}") from None
     except UnicodeDecodeError as error:
-        raise _no_text(error) from None
+        raise _no_text(error, f" at place {error.start}") from None
     if not text.strip():
         raise DataError(f"standard input is empty; {way_out}")
     return text
@@ -198,10 +198,8 @@ def _read_line() -> str | None:
         raise _no_text(error) from None
 
 
-def _no_text(error: UnicodeDecodeError) -> Exception:
+def _no_text(error: UnicodeDecodeError, place: str = "") -> Exception:
     from melinoe.errors import DataError
 
-    return DataError(
-        f"standard input is not UTF-8 text (byte 0x{error.object[error.start]:02x} at place "
-        f"{error.start}); convert it"
-    )
+    byte = error.object[error.start]
+    return DataError(f"standard input is not UTF-8 text (byte 0x{byte:02x}{place}); convert it")
