@@ -147,7 +147,7 @@ class Client(threading.Thread):
             words = self.random.choices(WORDS, k=self.random.choice((8, 32, 128)))
             body = {
                 "model": str(TINY_OLMOE), "prompt": " ".join(words), "stream": True,
-                "max_tokens": self.random.choice((16, 32, 64)),
+                "max_tokens": self.random.choice((16, 32, 64)), "temperature": 0,
                 "stream_options": {"include_usage": True},
             }  # fmt: skip
             began, tokens = time.perf_counter(), None

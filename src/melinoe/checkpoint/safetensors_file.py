@@ -1,5 +1,6 @@
 """One safetensors file, read piece by piece into memory that the caller owns; nothing is mapped."""
 
+import ctypes
 import json
 import os
 import threading
@@ -187,7 +188,8 @@ class SafetensorsFile:
         """Fill a contiguous CPU tensor with the file's bytes from *offset* on."""
         if self.closed:
             raise ValueError(f"{self.path} is closed")
-        view = bytes_of(into)
+        room = (ctypes.c_char * into.nbytes).from_address(into.data_ptr())
+        view = memoryview(room).cast("B")
         while len(view):
             # One call moves at most 2 GiB, and may move less than it was asked to.
             try:

@@ -397,7 +397,7 @@ class Batches:
         manager.output_router.output_queue.put = lambda *_: None
         step = manager._generation_step
         manager._generation_step = lambda: self._account(manager, step)
-        self._manager = manager
+        self._manager, self._counted = manager, self.handle.counters
         theirs = logging.getLogger("ContinuousBatchingLogger")
         level = theirs.level
         theirs.setLevel(logging.CRITICAL)  # what it raises as it begins is said below, in words
@@ -418,7 +418,7 @@ class Batches:
     def _account(self, manager: Any, step: Callable[[], None]) -> None:
         """Compute one step, and share out its cost among its requests."""
         handle, began = self.handle, time.perf_counter()
-        before, bytes_before, stalled = handle.counters, handle.transferred_bytes, handle.stall_s
+        before, bytes_before, stalled = self._counted, handle.transferred_bytes, handle.stall_s
         batch = manager.batch_processor.inputs_and_outputs.requests_in_batch
         ran = [(one, one.state.logit_processor_kwargs["request"]) for one in batch]
         if self._predictor is not None:
@@ -427,6 +427,7 @@ class Batches:
                     self._load_ahead(running, len(batch))
         step()
         seconds, after = time.perf_counter() - began, handle.counters
+        self._counted = after
         whole = Cost(
             uses=int((after.uses - before.uses).sum()),
             hits=int((after.hits - before.hits).sum()),

@@ -59,7 +59,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Give *scores* ``(rows, vocabulary)`` with minus infinity but for one token a row."""
         requests = [state.logit_processor_kwargs["request"] for state in self._states]
-        tokens = self._draw(scores, requests)
+        tokens, as_it_was = self._draw(scores, requests)
         finite = scores.amax(dim=-1).isfinite().tolist()
         for row, one in enumerate(requests):
             one.broken |= not finite[row]
@@ -67,11 +67,13 @@ class Sampler(ContinuousBatchingLogitsProcessor):
                 one.matcher.consume_token(int(tokens[row]))
             if (alternatives := one.asked.sampling.alternatives) is not None:
                 one.drawn.append(_chosen(scores[row], int(tokens[row]), alternatives))
+        if as_it_was:
+            return scores
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, tokens[:, None], 0.0)
 
-    def _draw(self, scores: Tensor, requests: list[Any]) -> Tensor:
-        """Give a token for each row."""
+    def _draw(self, scores: Tensor, requests: list[Any]) -> tuple[Tensor, bool]:
+        """Give a token for each row, and whether each is the likeliest of *scores* as they are."""
         shaped, settings = scores, [one.asked.sampling for one in requests]
         for row, own in enumerate(settings):
             if own.logit_bias or own.presence_penalty or own.frequency_penalty or own.grammar:
@@ -82,7 +84,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         tokens = shaped.argmax(dim=-1)
         drawn = [row for row, own in enumerate(settings) if own.temperature > _COLDEST]
         if not drawn:
-            return tokens
+            return tokens, shaped is scores
         heat = shaped.new_tensor([settings[row].temperature for row in drawn])
         warm = shaped[drawn] / heat[:, None]
         for at, row in enumerate(drawn):
@@ -92,7 +94,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         random = sums.new_tensor([requests[row].random.random() for row in drawn])
         found = torch.searchsorted(sums, random[:, None] * sums[:, -1:], right=True)[:, 0]
         tokens[drawn] = found.clamp_(max=scores.shape[-1] - 1)
-        return tokens
+        return tokens, False
 
 
 def _penalise(state: Any, scores: Tensor, settings: Sampling) -> None:
