@@ -115,3 +115,13 @@ def test_homes_are_written_out_and_unknown_ones_refused(tmp_path, monkeypatch):
         for words in (["doctor", place], ["pack", "tiny", "--out", place], ["plan", place]):
             ended = run(words)
             assert ended.code == 1 and not ended.wrong and "write the path out" in ended.err
+
+
+def test_a_working_directory_that_is_gone_is_said(tmp_path, monkeypatch):
+    """One sentence, whatever the command; libraries would end the process in their own words."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ended = run(["doctor", "tiny"])
+    assert ended.code == 1 and not ended.wrong and "working directory is gone" in ended.err

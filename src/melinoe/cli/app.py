@@ -110,6 +110,10 @@ def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a file's name need not be text that can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        os.getcwd()
+    except OSError as error:  # libraries that look for it would end the process
+        _fail(error, "the working directory is gone; change into one that is there")
+    try:
         app()
     except MelinoeError as error:
         _fail(error, str(error), 130 if isinstance(error, InterruptedRunError) else 1)
