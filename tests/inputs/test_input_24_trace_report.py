@@ -7,8 +7,10 @@ from trace_builder import TraceBuilder
 from melinoe.cache import simulator
 from melinoe.cache.policy import LRU
 from melinoe.cache.residency import Residency
+from melinoe.errors import DataError
 from melinoe.measure import trace_records
 from melinoe.report.page import HERE
+from melinoe.report.records import read_records
 
 
 def long_trace(tokens=300, layers=3, experts=16, top_k=4):
@@ -45,3 +47,18 @@ def test_static_is_said_to_know_the_trace_that_is_replayed():
     glossary = (HERE / "glossary.md").read_text().splitlines()
     (said,) = [line for line in glossary if "static" in line.partition(":")[0]]
     assert "of the same trace, so with hindsight" in said and "elsewhere" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("real.parquet", "melinoe import-trace {}"), ("trace.safetensors", "name {} itself")],
+)
+def test_a_table_or_a_directory_of_traces_is_refused_with_the_way(tmp_path, name, way):
+    """As real traces are handed on: a table in a directory beside a page of text."""
+    path = tmp_path / name
+    path.write_bytes(b"")
+    (tmp_path / "README.md").write_text("about")
+    for source in (tmp_path, path) if name.endswith("parquet") else (tmp_path,):
+        with pytest.raises(DataError) as error:
+            read_records([source])
+        assert way.format(path) in str(error.value)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.errors import DataError
+from melinoe.foreign import SUFFIXES as TABLES
 from melinoe.schema import Schema, fields, problem
 from melinoe.stats import Estimate
 from melinoe.whole_file import parse_json
@@ -124,14 +125,26 @@ def _files(source: Path) -> list[Path]:
         return [source]
     found = sorted(path for path in source.iterdir() if path.suffix in (".json", ".jsonl"))
     if not found:
-        raise DataError(f"{source} has no .json or .jsonl file; name where records are")
+        ways = filter(None, map(_way_to_records, sorted(source.iterdir())))
+        way = next(ways, "name where records are")
+        raise DataError(f"{source} has no .json or .jsonl file; {way}")
     return found
+
+
+def _way_to_records(path: Path) -> str | None:
+    """Say what makes records of a file that holds none; None where nothing does."""
+    if path.suffix == ".safetensors":
+        return f"if it is a trace, name {path} itself"
+    if path.suffix in TABLES and path.suffix != ".jsonl":
+        return f"make a trace of the table: melinoe import-trace {path} --out trace.safetensors"
+    return None
 
 
 def _items(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield each record of a file, and where it stands."""
     if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"{path} is neither .jsonl nor .json; name a file of records")
+        way = _way_to_records(path) or "name a file of records"
+        raise DataError(f"{path} is neither .jsonl nor .json; {way}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
