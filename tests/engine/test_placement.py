@@ -63,6 +63,7 @@ def host(monkeypatch):
     def leave(amount):
         left = HostMemory(amount, "the limit of a test")
         monkeypatch.setattr("melinoe.host_memory.host_memory", lambda *_: left)
+        monkeypatch.setattr(placement, "host_memory", lambda *_: left)
 
     return leave
 
@@ -207,8 +208,22 @@ def test_as_many_slots_as_fit_into_host_memory_on_the_cpu(host):
     assert choose(cpu, in_memory=True).store == "ram"
     host(100 * ALL)
     assert (choose(cpu).slots, choose(cpu).store) == ((EXPERTS, EXPERTS), "disk")
-    with pytest.raises(BudgetError, match="below one expert"):
+    with pytest.raises(BudgetError, match="that ram allows; give more ram"):
         choose(cpu, ram=BLOCK)
+
+
+def test_too_little_host_memory_is_said_with_whose_limit_it_is(host):
+    """Nobody named an amount for experts, so none is quoted; each sentence has its own way out."""
+    cpu, layer = torch.device("cpu"), LAYERS * BLOCK
+    host(int(2.5 * layer / 0.8))
+    for given, words in (
+        (dict(backbone=2 * layer), r"does not fit beside 6KiB of other weights into the 7.5KiB of "
+         r"host memory that may be taken \(the limit of a test\); free some, or raise"),
+        (dict(store="ram"), r"beside 24KiB of all experts .* or choose the disk store"),
+        (dict(store="ram", packs=True), "beside 24KiB of all experts .* `melinoe pack`"),
+    ):  # fmt: skip
+        with pytest.raises(BudgetError, match=words):
+            choose(cpu, **given)
 
 
 def test_ram_says_whether_experts_wait_in_memory_or_on_disk(host):

@@ -15,7 +15,13 @@ from melinoe.engine.device.support import why_not
 from melinoe.engine.options import STAGING_EXPERTS, Options
 from melinoe.engine.transfer import read_by_threads, staging_blocks
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
-from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes, parse_bytes
+from melinoe.host_memory import (
+    check_host_room,
+    format_bytes,
+    free_host_bytes,
+    host_memory,
+    parse_bytes,
+)
 from melinoe.moe.experts import ExpertsLayer
 
 # Of the memory that is free, what is taken where nobody says how much: the rest is for the system
@@ -246,14 +252,41 @@ def _slots(
         return slots_for(max(free - model.backbone_bytes, 1), layers), None, into
     if room is None:
         return max(layer.num_experts for layer in layers), None, ""
-    if options.ram is None:
-        room -= model.backbone_bytes
-    if store != "disk":
-        room -= model.added_bytes(options)
-    slots = slots_for(max(room, 1), layers)
+    others = {
+        "other weights": model.backbone_bytes if options.ram is None else 0,
+        "all experts": 0 if store == "disk" else model.added_bytes(options),
+    }
+    _check_one_slot(options, room, others, store, model)
+    room -= sum(others.values())
+    slots = slots_for(room, layers)
     if staged := _staged_bytes([slots] * len(layers), layers, store):
         slots = slots_for(max(room - staged, 1), layers)
     return slots, None, f"what fits into {format_bytes(max(room, 0))}"
+
+
+def _check_one_slot(
+    options: Options, room: int, others: dict[str, int], store: str, model: Model
+) -> None:
+    """Refuse host memory that holds no slot in each layer beside *others*, and say whose it is."""
+    least = memory_of(1, model.layers)
+    if least <= room - sum(others.values()):
+        return
+    found = host_memory()
+    whose, way = "that ram allows", "give more ram"
+    if options.ram is None and found is not None:
+        whose, way = f"that may be taken ({found.limited_by})", "free some, or raise that limit"
+    if store == "ram" and not model.in_memory and not model.packs:
+        way += ", or choose the disk store"
+    elif model.packs:
+        way += ", or load a checkpoint that `melinoe pack` wrote in this format"
+    beside = " and ".join(
+        f"{format_bytes(size)} of {name}" for name, size in others.items() if size
+    )
+    raise BudgetError(
+        f"one expert of each layer, {format_bytes(least)}, does not fit"
+        f"{f' beside {beside}' if beside else ''} into the {format_bytes(max(room, 1))} of host "
+        f"memory {whose}; {way}"
+    )
 
 
 def _staged_bytes(slots: Sequence[int], layers: Sequence[ExpertsLayer], store: str) -> int:
