@@ -23,8 +23,14 @@ from melinoe.checkpoint import (
 from melinoe.checkpoint.export_rules import find_export_faults
 from melinoe.checkpoint.safetensors_file import SafetensorsFile
 from melinoe.checkpoint.verifying import verify
-from melinoe.errors import CheckpointError, OutputExistsError, UnsupportedModelError
+from melinoe.errors import (
+    BudgetError,
+    CheckpointError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
 from melinoe.experts.formats import named_format
+from melinoe.host_memory import HostMemory
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +193,26 @@ def test_what_was_measured_of_plain_experts_is_not_said_of_rounded_ones(base, tm
     write_metadata(tmp_path / "packed", {"base": "base", "outcome": outcome})
     pack.pack(str(tmp_path / "packed"), "plain", tmp_path / "plain")
     assert read_metadata(tmp_path / "plain")["outcome"] == outcome
+
+
+def test_where_memory_is_short_files_are_smaller_and_too_little_is_said(
+    base, tmp_path, monkeypatch
+):
+    """A quarter of what is free waits for a file; below two of the largest tensors nothing runs."""
+    pack.pack(str(base), "int4", tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    left = HostMemory(1 << 14, "the limit of a test")
+    monkeypatch.setattr("melinoe.host_memory.host_memory", lambda *_: left)
+    pack.pack(str(base), "int4", tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    left = HostMemory(1 << 10, "the limit of a test")
+    for format in ("int4", "plain"):
+        source = base if format == "int4" else tmp_path / "one"
+        with pytest.raises(BudgetError, match=r"the limit of a test\); pack on a host with more"):
+            pack.pack(str(source), format, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    monkeypatch.undo()
+    assert verify(str(tmp_path / "many")).recorded >= 3
 
 
 @pytest.mark.parametrize("format", ["int4", "int8"])

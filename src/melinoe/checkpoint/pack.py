@@ -34,11 +34,12 @@ from melinoe.checkpoint.writing import (
 from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import ExpertFormat
 from melinoe.experts.formats import named_format
+from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
 from melinoe.whole_file import write_whole
 
 _log = logging.getLogger("melinoe")
 
-# Bytes at which a file ends and the next begins.
+# Bytes at which a file ends and the next begins, where there is memory for them.
 SHARD_BYTES = 1 << 30
 # Experts are read past the page cache by whole blocks of the disk.
 _BLOCK = 4096
@@ -46,13 +47,14 @@ _BLOCK = 4096
 
 def pack(name: str, format: str, out: str | Path) -> float:
     """
-    Write a checkpoint anew with its experts in *format*; memory of the experts of two layers.
+    Write a checkpoint anew with its experts in *format*; memory of two of the largest tensors.
 
     ``plain`` writes packed weights as they mean, which any engine reads. Returns how far the first
     expert of each layer is off: the root mean square of the difference over that of the weights.
 
     OutputExistsError, CheckpointError, WriteError: as `open_checkpoint` and `whole_directory`.
     UnsupportedModelError: no such format, or one that cannot hold these experts or does already.
+    BudgetError: the host has too little memory.
     """
     check_output(out)
     wanted = named_format(format)
@@ -71,6 +73,16 @@ def pack(name: str, format: str, out: str | Path) -> float:
         experts = [wanted.block_bytes(x.tensors) * x.num_experts for x in checkpoint.layers]
         rest = [prod(x.info.shape) * x.info.dtype.itemsize for x in checkpoint.backbone]
         check_room(out, sum(experts) + sum(rest))
+        whole = checkpoint.tensors.values() if wanted.exact else ()
+        largest = max(
+            [*(experts if not wanted.exact else ()), *rest]
+            + [prod(x.info.shape) * x.info.dtype.itemsize for x in whole]
+        )
+        check_host_room(
+            largest + max(largest, _shard_bytes()),
+            f"tensors of up to {format_bytes(largest)}, one read and some to be written,",
+            "pack on a host with more",
+        )
         config = plain_config(read_raw_config(checkpoint.source)[1])
         if not wanted.exact:
             config["quantization_config"] = {
@@ -158,8 +170,15 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
             file.write(bytes_of(tensor))
 
 
+def _shard_bytes() -> int:
+    """Bytes of a file: less where memory is short, because its tensors wait there."""
+    free = free_host_bytes()
+    return SHARD_BYTES if free is None else min(SHARD_BYTES, free // 4)
+
+
 def write_shards(groups: Iterator[dict[str, Tensor]], directory: Path) -> None:
-    """Write tensors into files of about `SHARD_BYTES`, a group in one, and their index."""
+    """Write tensors into files of at most about `SHARD_BYTES`, a group in one, and their index."""
+    most = _shard_bytes()
     shards: list[list[str]] = []
     waiting: dict[str, Tensor] = {}
     total = 0
@@ -171,7 +190,7 @@ def write_shards(groups: Iterator[dict[str, Tensor]], directory: Path) -> None:
 
     for group in groups:
         nbytes = sum(tensor.nbytes for tensor in group.values())
-        if waiting and sum(t.nbytes for t in waiting.values()) + nbytes > SHARD_BYTES:
+        if waiting and sum(t.nbytes for t in waiting.values()) + nbytes > most:
             save()
         waiting |= group
         total += nbytes

@@ -38,6 +38,10 @@ class Perplexity:
         return bootstrap(self.nll, self.tokens, transform=np.exp)
 
 
+# Logits of a pass, and four times as many as are held in float32 at a time.
+_MOST_LOGITS = 1 << 25
+
+
 @contextmanager
 def _evaluating(model: nn.Module, encoded: Sequence[Encoded]) -> Iterator[None]:
     """Refuse no text; else evaluate without gradients, and put the training mode back."""
@@ -56,23 +60,38 @@ def perplexity(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 8
     """
     Measure how well *model*, offloaded or not, predicts the completions of *encoded*.
 
-    Logits and their softmax are taken in float32 and summed in float64; *batch_size* changes
-    results only in rounding. DataError: nothing to predict. ModelError: a loss that is not finite.
+    Logits and their softmax are taken in float32, of some tokens at a time, and summed in float64;
+    *batch_size* changes results only in rounding, and is less where logits would be large.
+    DataError: nothing to predict. ModelError: a loss that is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     collate = Collator(pad_token_id=0)  # masked everywhere, so any id will do
     device = next(model.parameters()).device
     nll, tokens = [], []
+    config: Any = model.config
+    start, end, words = 0, 0, config.get_text_config().vocab_size
     with _evaluating(model, encoded):
-        for start in range(0, len(encoded), batch_size):
-            collated = collate(encoded[start : start + batch_size])
+        while (start := end) < len(encoded):
+            longest = max(map(len, encoded[start : start + batch_size]))
+            end = start + max(1, min(batch_size, _MOST_LOGITS // (longest * words)))
+            collated = collate(encoded[start:end])
             labels = collated["labels"].to(device)
             batch = {key: collated[key].to(device) for key in ("input_ids", "attention_mask")}
-            # (batch, vocabulary, tokens - 1): each position predicts the token after it.
-            logits = model(**batch, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+            # (batch, tokens - 1, vocabulary): each position predicts the token after it.
+            logits = model(**batch, use_cache=False).logits[:, :-1]
             options: Any = {"ignore_index": IGNORED, "reduction": "none"}
-            losses = cross_entropy(logits, labels[:, 1:], **options)
+            rows = max(1, _MOST_LOGITS // (4 * words))
+            losses = torch.cat(
+                [
+                    cross_entropy(part.float().transpose(1, 2), wanted, **options)
+                    for part, wanted in zip(
+                        logits.split(rows, 1), labels[:, 1:].split(rows, 1), strict=True
+                    )
+                ],
+                dim=1,
+            )
+            del logits
             nll.append(losses.double().sum(1).cpu().numpy())
             if not np.isfinite(nll[-1]).all():
                 bad = start + int(np.flatnonzero(~np.isfinite(nll[-1]))[0])
