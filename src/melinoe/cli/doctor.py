@@ -132,13 +132,13 @@ def _show_export(name: str, reference: Path | None, as_json: bool) -> None:
 
     found = find_export_faults(name)
     if reference is not None:
-        from melinoe.checkpoint import load_model, load_tokenizer, open_checkpoint
+        from melinoe.checkpoint import load_tokenizer
+        from melinoe.engine.load import load
         from melinoe.measure import write_json
         from melinoe.measure.reference import PROMPTS, reference_record
 
-        with open_checkpoint(name) as checkpoint:
-            tokenizer = load_tokenizer(name, checkpoint.config)
-            loaded = load_model(checkpoint)
+        loaded, _ = load(name, device="cpu")
+        tokenizer = load_tokenizer(name, loaded.config)
         record = reference_record(loaded, tokenizer, name, PROMPTS, _REFERENCE_TOKENS)
         write_json(reference, record)
         output.say(f"wrote {reference}")
