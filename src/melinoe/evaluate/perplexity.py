@@ -69,8 +69,9 @@ def perplexity(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 8
     collate = Collator(pad_token_id=0)  # masked everywhere, so any id will do
     device = next(model.parameters()).device
     nll, tokens = [], []
-    config: Any = model.config
-    start, end, words = 0, 0, config.get_text_config().vocab_size
+    config: Any = getattr(model, "config", None)
+    words = 1 if config is None else config.get_text_config().vocab_size
+    start = end = 0
     with _evaluating(model, encoded):
         while (start := end) < len(encoded):
             longest = max(map(len, encoded[start : start + batch_size]))
