@@ -78,9 +78,8 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, slots):
         assert handle.counters.uses.sum() == 0
 
 
-@pytest.mark.parametrize(
-    ("policy", "slots", "format"), [("lru", 2, None), ("lfu", 3, None), ("lru", 2, "int4")]
-)
+@pytest.mark.usefixtures("two_groups")
+@pytest.mark.parametrize(("policy", "slots", "format"), [("lfu", 3, None), ("lru", 2, "int4")])
 def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots, format):
     """Tokens and counts of kernels run by Triton's interpreter; other tests compute by numpy."""
     few = WAYS["one"] | {"max_new_tokens": 3}
