@@ -65,3 +65,9 @@ def copy(tuned, tmp_path):
     path.mkdir()
     shutil.copy(tuned / "melinoe.json", path)
     return path
+
+
+@pytest.fixture
+def words_alone(monkeypatch):
+    """Cards without figures, of which each takes longer to draw than the words to write."""
+    monkeypatch.setattr("melinoe.report.card.figures_of", lambda records: [])

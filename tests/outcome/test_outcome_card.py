@@ -40,6 +40,7 @@ def test_a_card_written_again_is_the_same_and_keeps_what_a_person_wrote(copy):
     assert "thumbnail: me.png" in again
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_an_unknown_licence_is_said_and_a_persons_answer_kept(copy):
     """`unknown` is the hub's word; once somebody found out, that stands."""
     metadata = read_metadata(copy)
@@ -53,6 +54,7 @@ def test_an_unknown_licence_is_said_and_a_persons_answer_kept(copy):
     assert "No licence is known" not in card.read_text()
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_hub_base_and_data_set_stand_in_the_front_matter(copy):
     """So that the hub links them; the configuration behind the colon is not part of the name."""
     from huggingface_hub import metadata_load
@@ -90,6 +92,7 @@ WITHOUT = "fine-tuned without locality terms"
         ({"lambda_cache": 0.0, "lambda_replay": 10.0}, WITHOUT),
     ],
 )
+@pytest.mark.usefixtures("words_alone")
 def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
     """The aim and no more: each term for locality is one."""
     write_metadata(copy, read_metadata(copy) | {"settings": settings})
@@ -111,6 +114,7 @@ def test_a_card_that_cannot_be_written_or_read_is_said_in_a_sentence(copy):
         write_card(copy)
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_foreign_readme_is_not_replaced_unless_told(copy):
     """Somebody wrote it."""
     (copy / "README.md").write_text("mine")

@@ -35,6 +35,7 @@ def shown(estimate):
     return f"{mean} % [{low}, {high}]"
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_the_first_lines_are_the_price_over_the_control(held):
     """In domain first, then out of domain; the base's share stands in the tables."""
     change = read_metadata(held)["outcome"]["change_from_control"]["perplexity"]
@@ -45,6 +46,7 @@ def test_the_first_lines_are_the_price_over_the_control(held):
     assert f"Price out of domain, against the control: {price}" in lines[0].replace("*", "")
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_paragraphs_headings_and_tables_of_a_card_stand_apart(held):
     """An empty line before each heading, and behind the verdict: Markdown joins what has none."""
     lines = body(held)
@@ -55,6 +57,7 @@ def test_paragraphs_headings_and_tables_of_a_card_stand_apart(held):
             assert before == "", line
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_the_tables_have_a_column_of_the_control_and_one_of_the_change_from_it(held):
     """Perplexity and both kinds of locality; as many cells in every row as there are headings."""
     text = "\n".join(body(held))
@@ -77,6 +80,7 @@ def test_the_figures_show_the_control_in_its_colour(held, copy):
     assert orange(copy) == 0
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_without_a_control_one_sentence_says_so_and_how_to_measure_it(copy, held):
     """Of a run for locality; of the control itself there is nothing to ask."""
 
@@ -92,6 +96,7 @@ def test_without_a_control_one_sentence_says_so_and_how_to_measure_it(copy, held
     assert said(copy) == 0
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_control_trained_otherwise_is_not_called_like_for_like(held):
     """What differs from it may be a teacher's doing."""
     whole = "what differs from it is their doing"
