@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from melinoe.cache.trace import Trace
 
 _TIME = "Predicted time, with --link"
-OF_PREFETCHES = ("adjusted_hit_rate",)
 
 
 def command(
@@ -107,13 +106,10 @@ def command(
         shown = [name for name in names if name not in hidden]
         output.show_table(title, [{name: row[name] for name in shown} for row in rows])
 
-    prefetched = any(one is not None for one in ahead.values())
+    of_prefetches = ("prefetch", "prefetch_per_token", "adjusted_hit_rate")
     about = f"{loaded.num_sequences} sequences, {loaded.num_experts} experts"
     about += f", top-{loaded.top_k}, {loaded.num_layers} layers"
-    show(about, counted, OF_PREFETCHES if prefetched else ("prefetch", *OF_PREFETCHES))
-    if prefetched:
-        first = ["policy", "slots", "prefetch", "prefetch_per_token", *OF_PREFETCHES]
-        show("what was loaded ahead", first, ())
+    show(about, counted, () if any(ahead.values()) else of_prefetches)
     if figures:
         wide = ("miss", "stall_ms_per_token", "prefetch_ms_per_token")  # for a terminal
         show(f"predicted time over {link}", timed, wide)
@@ -188,5 +184,5 @@ def _counts_of(done: Simulation) -> dict[str, Any]:
         "transfers_per_token": counters.transfers_per_token(),
         "prefetch_per_token": counters.prefetch_per_token(),
         "prefill_transfers_per_token": counters.transfers_per_token("prompt"),
-        **{name: counters.metrics()[name] for name in OF_PREFETCHES},
+        "adjusted_hit_rate": counters.adjusted_hit_rate("completion"),
     }
