@@ -370,6 +370,19 @@ def test_the_list_of_models_is_the_one_that_runs(client):
     assert ask(url + "audio/transcriptions", {})[0] == 404
 
 
+def test_a_request_keeps_its_own_name_or_is_given_one(server, client):
+    """In the header of the answer, a stream's too, and as the answer's id."""
+    body = {"model": "tiny", "prompt": "The sea", "max_tokens": 2}
+    ask = client.completions.with_raw_response.create
+    named = ask(**body, extra_headers={"x-request-id": "mine-7"})
+    assert named.headers.get_list("x-request-id") == ["mine-7"] and named.parse().id == "mine-7"
+    streamed = ask(**body, stream=True, extra_headers={"x-request-id": "mine-8"})
+    assert streamed.headers["x-request-id"] == "mine-8"
+    assert {part.id for part in streamed.parse()} == {"mine-8"}
+    made = {ask(**body).headers["x-request-id"] for _ in range(2)}
+    assert len(made) == 2 and all(len(name) == 36 for name in made)
+
+
 def test_the_log_holds_no_text_of_a_request(server, client):
     """Neither the prompt's words nor the answer's."""
     completion(client, "Zebra xylophone quartz")

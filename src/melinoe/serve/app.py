@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import inspect
 import logging
+import uuid
 from collections.abc import Callable
 from importlib.resources import files
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware
 from transformers.cli.serving.server import build_server
 
 from melinoe.serve.batching import Batches
@@ -79,6 +81,10 @@ def build_app(
     app = build_server(**parts)
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", None) not in _NOT_SERVED
+    ]
+    # Theirs names requests, as the gate does, but sends each piece of an answer through a queue.
+    app.user_middleware[:] = [
+        one for one in app.user_middleware if one.cls is not BaseHTTPMiddleware
     ]
     app.title = "Melinoe"
     metrics.watch(batches)
@@ -166,6 +172,8 @@ class Gate:
     """
     Stand before the application: the key, the crowd, bodies and clients that take their time.
 
+    Gives each request a name, its own if it brings one.
+
     Args:
         app: What comes behind.
         api_key: As for `build_app`.
@@ -220,6 +228,8 @@ class Gate:
     async def _pass_on(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
         """Let the application answer, until its client has left or reads no more."""
         messages, answered = [{"type": "http.request", "body": body}], False
+        name = dict(scope["headers"]).get(b"x-request-id") or str(uuid.uuid4()).encode()
+        scope.setdefault("state", {})["request_id"] = name.decode("latin-1")
 
         async def replay() -> dict[str, Any]:
             return messages.pop() if messages else await asyncio.Future()
@@ -233,6 +243,9 @@ class Gate:
         async def send_in_time(message: Any) -> None:
             nonlocal answered
             answered = message["type"] == "http.response.body" and not message.get("more_body")
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (b"x-request-id", name)]
+                message = {**message, "headers": headers}
             try:
                 async with asyncio.timeout(_UNREAD_S):
                     await send(message)

@@ -342,6 +342,10 @@ class Handler:
 
     async def _all(self, said: Any, choices: list[Running]) -> AsyncIterator[tuple[int, Any]]:
         """Give the number of a choice and what is said of it, as any choice comes on."""
+        if len(choices) == 1:
+            async for delta in self._deltas(0, choices[0], said):
+                yield 0, delta
+            return
         events: asyncio.Queue[Any] = asyncio.Queue()
 
         async def follow(at: int, one: Running) -> None:
