@@ -21,7 +21,7 @@ _NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 @options.serving(engine="reference")
 def command(
     model: options.Model,
-    port: Annotated[int, option("Port to listen at; 0 takes a free one.", min=0)] = 8000,
+    port: Annotated[int, option("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     host: Annotated[
         str, option("Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
@@ -78,6 +78,10 @@ def command(
 ) -> None:
     """Serve a model over HTTP, for OpenAI's clients, with few experts resident."""
     _check_installed()
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise typer.BadParameter("it is no host's name", param_hint="--host") from None
     from melinoe.generate import context_of
     from melinoe.moe.routing import fingerprint
     from melinoe.serve.batching import Batches, Limits
