@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import openai
 import uvicorn
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -65,6 +66,16 @@ class Scripted:
         one.ended = one.ended or time.perf_counter()
 
 
+_clients = {}
+
+
+def client(url):
+    """OpenAI's own client of a server; it ends with it."""
+    if url not in _clients:
+        _clients[url] = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    return _clients[url]
+
+
 @contextmanager
 def scripted(*texts, cut=False, **options):
     """Give the stand-in and the address of a server over it."""
@@ -78,9 +89,11 @@ def scripted(*texts, cut=False, **options):
     until = time.monotonic() + 60
     while not server.started and time.monotonic() < until:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
-        yield made, f"http://127.0.0.1:{port}"
+        yield made, url
     finally:
+        if url in _clients:
+            _clients.pop(url).close()
         server.should_exit = True
         thread.join(60)

@@ -18,14 +18,27 @@ def weather(city: Literal["Oslo", "Rome"]) -> str:
     return f"dry in {city}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(server):
     """Greedy, with room for a call's JSON at a token a character."""
     pytest.importorskip("llguidance")
-    return pytest.importorskip("langchain_openai").ChatOpenAI(
+    made = pytest.importorskip("langchain_openai").ChatOpenAI(
         base_url=f"{server.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=64,
         max_retries=0, stream_usage=True,
     )  # fmt: skip
+    yield made
+    made.root_client.close()  # LangChain leaves that to the end of the process
+
+
+@pytest.fixture(scope="module")
+def writer(server):
+    """Its class for plain text, greedy."""
+    made = pytest.importorskip("langchain_openai").OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=12,
+        max_retries=0,
+    )  # fmt: skip
+    yield made
+    made.client._client.close()
 
 
 def joined(chunks):
@@ -46,16 +59,12 @@ def test_it_answers_and_streams_the_same_text(model, offline):
         assert answer.usage_metadata["output_tokens"] == 40
 
 
-def test_its_class_for_plain_text_answers_streams_and_takes_many_prompts(server, offline):
+def test_its_class_for_plain_text_answers_streams_and_takes_many_prompts(writer, offline):
     """`OpenAI` asks `/v1/completions`: one prompt, whole and streamed, and two in one request."""
-    llm = pytest.importorskip("langchain_openai").OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=12,
-        max_retries=0,
-    )  # fmt: skip
     prompts = ["The sea was", "def f(x):"]
     expected = [offline[0](prompt, 12) for prompt in prompts]
-    assert llm.invoke(prompts[0]) == "".join(llm.stream(prompts[0])) == expected[0]
-    made = llm.generate(prompts)
+    assert writer.invoke(prompts[0]) == "".join(writer.stream(prompts[0])) == expected[0]
+    made = writer.generate(prompts)
     assert [one.text for (one,) in made.generations] == expected
     assert made.llm_output["token_usage"]["completion_tokens"] == 24
 

@@ -4,9 +4,8 @@ import json
 import socket
 import time
 
-import openai
 import pytest
-from scripted import scripted
+from scripted import client, scripted
 from serving import ask
 
 from melinoe.serve import app
@@ -17,10 +16,6 @@ FLAT = {"type": "function", **TOOL["function"]}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 THINKS = f"<think>\nIs it wet there?\n</think>\n\n{CALL}"
 ASKED = [{"role": "user", "content": "Rain in Oslo?"}]
-
-
-def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def chat(url, messages=ASKED, **options):
@@ -184,6 +179,21 @@ def test_half_a_character_is_a_clients_error():
         for route, body in WITH_HALF:
             status, _, answer = ask(f"{url}/v1/{route}", body)
             assert status == 400 and "half of a character" in json.loads(answer)["error"]["message"]
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_its_tokens_are_counted():
+    """Counting those of four MB takes seconds, in which no stream would go on."""
+    long = "word " * 500_000
+    with scripted() as (_, url):
+        for route, body in (
+            ("completions", {"prompt": long}),
+            ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+            ("responses", {"input": long}),
+        ):
+            status, _, answer = ask(f"{url}/v1/{route}", body)
+            error = json.loads(answer)["error"]
+            assert status == 400 and error["code"] == "context_length_exceeded"
+            assert "more than 4096 tokens" in error["message"]
 
 
 def test_json_that_python_cannot_read_is_a_clients_error():

@@ -74,6 +74,7 @@ class Handler:
             )
         self.default = Sampling.of_model(batches.model.generation_config)
         self.vocabulary = batches.model.config.get_text_config().vocab_size
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
         adapters = batches.adapters
         self.names = [name, *(adapters.names if adapters is not None else ())]
 
@@ -186,6 +187,20 @@ class Handler:
         most = min(most, wanted or limits.unasked or self.default_tokens or most)
         return replace(asked, max_tokens=most, adapter=None if model == self.name else model)
 
+    def check_length(self, characters: int) -> None:
+        """
+        Refuse a prompt of so many characters before its tokens are counted, which would take long.
+
+        Raises:
+            ApiError: it could not fit, were all of its tokens the vocabulary's longest.
+        """
+        context = min(self.batches.limits.context, self.batches.limits.cache_tokens)
+        if characters > context * self._longest:
+            raise ApiError(
+                f"the prompt has more than {context} tokens, and prompt and text together may have "
+                "no more; shorten it", 400, self.prompt_field, "context_length_exceeded",
+            )  # fmt: skip
+
     def templated(
         self, messages: list[Json], tools: list[Json] | None, switches: Json, forced: bool = False
     ) -> list[int]:
@@ -210,6 +225,7 @@ class Handler:
                 )["input_ids"]
             )  # fmt: skip
 
+        self.check_length(sum(len(one.get("content", "")) for one in messages))
         silent = [{name: one[name] for name in one if name != "tool_calls"} for one in messages]
         lost = None
         try:
@@ -415,6 +431,7 @@ class CompletionHandler(Handler):
 
     def _read(self, body: Json) -> tuple[Completion, list[list[int]], Asked]:
         said = read(Completion, body)
+        self.check_length(max(map(len, said.prompt)))
         prompts = [
             self.tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in said.prompt
         ]
