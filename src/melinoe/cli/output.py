@@ -49,7 +49,7 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     for name in rows[0]:
         # Fold, or a narrow terminal would cut numbers; Text, or brackets in a path would be markup.
-        justify: Any = "left" if any(isinstance(row[name], str) for row in rows) else "right"
+        justify: Any = "left" if any(isinstance(row.get(name), str) for row in rows) else "right"
         table.add_column(name.replace("_", " "), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(row.get(name))) for name in rows[0]))
