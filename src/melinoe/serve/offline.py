@@ -23,13 +23,17 @@ from melinoe.errors import (
 from melinoe.lock import held
 from melinoe.serve.batching import Batches, Limits
 from melinoe.serve.body import ApiError
-from melinoe.serve.handlers import ChatHandler, CompletionHandler
+from melinoe.serve.handlers import ChatHandler, CompletionHandler, Handler
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.responses import Responses
 from melinoe.whole_file import parse_json, write_whole
 
 CHAT, COMPLETION, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-_HANDLERS = {CHAT: ChatHandler, COMPLETION: CompletionHandler, RESPONSE: Responses}
+_HANDLERS: dict[str, type[Handler]] = {
+    CHAT: ChatHandler,
+    COMPLETION: CompletionHandler,
+    RESPONSE: Responses,
+}
 # Seconds before a row that found the queue full is asked again.
 _AGAIN_S = 0.2
 
