@@ -6,7 +6,6 @@ from cache_traces import random_trace
 
 from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import COMPILED_FROM, simulate
-from melinoe.cache.trace import Trace
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 RULES = ["lru", "lfu", "static", "belady"]
@@ -64,19 +63,6 @@ def test_many_units_add_up_in_compiled_code():
     trace = random_trace(2, sequences=70, prompt=2, completion=2)
     ours = simulate(trace, 3, engine="residency", steps=True)
     assert outcome(ours) == outcome(simulate(trace, 3, engine="compiled", steps=True))
-
-
-def test_a_trace_from_a_file_is_replayed_by_the_code_of_all_others(tmp_path):
-    """Its arrays cannot be written, which numba would compile anew, for seconds; counts agree."""
-    from melinoe.cache import kernel
-
-    trace = random_trace(3)
-    trace.save(tmp_path / "t.safetensors")
-    read = Trace.load(tmp_path / "t.safetensors")
-    assert trace.experts.flags.writeable != read.experts.flags.writeable
-    made, found = (simulate(one, 3, engine="compiled", steps=True) for one in (trace, read))
-    assert outcome(made) == outcome(found)
-    assert len(kernel.replay.signatures) == 1
 
 
 def test_the_engine_is_chosen_by_rule_and_size():

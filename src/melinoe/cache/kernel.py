@@ -324,9 +324,6 @@ class Prepared:
         self, trace: Trace, policy: str, options: Mapping[str, Any], reset_between_sequences: bool
     ) -> None:
         self._trace = trace
-        # Read-only, as what comes from a file is: another type would be compiled anew.
-        self._experts = np.ascontiguousarray(trace.experts).view()
-        self._experts.flags.writeable = False
         self._bounds, self.phase = trace.bounds()
         self.tokens = np.diff(self._bounds)
         self.units, self.unit, begins = trace.unit_of_passes()
@@ -354,7 +351,7 @@ class Prepared:
         )
         if passes:
             replay(
-                self._experts, self._bounds, self.phase, self.unit, self._resets,
+                trace.experts, self._bounds, self.phase, self.unit, self._resets,
                 np.array(slots, np.int64), trace.num_experts, *self._rule, *found,
             )  # fmt: skip
         return found
@@ -367,7 +364,7 @@ class Prepared:
         largest = np.ones(trace.num_layers, np.int64)
         if len(group):
             distances(
-                self._experts, self._bounds, group.astype(np.int64), self._resets,
+                trace.experts, self._bounds, group.astype(np.int64), self._resets,
                 trace.num_experts, *self._rule, *found, largest,
             )  # fmt: skip
         return *found, largest
