@@ -8,7 +8,8 @@ stream to its end. Bad news would be an error, memory that grows by more than 2 
 clients that are served unequally (the slowest over the mean), or less than .9 of transformers'
 tokens a second. The floor is transformers' own server: it moves no expert.
 
-Ours samples for each request by itself in Python; theirs shares the settings of the first request.
+Temperature is 0, so that both write the same texts. Each computes with one thread: the clients and
+the server's own loop keep the second core busy, and with two threads both were slower.
 The first fifth of the rounds warms up and is not counted. Memory is read each second; its growth
 is from its median in the first counted round to that in the last. Not measured: several processes
 of clients (here threads of one share the two cores with the server), a GPU, a model whose experts
@@ -54,7 +55,7 @@ class Server:
     def __init__(self, name: str, port: int, command: list[str]) -> None:
         self.name, self.port = name, port
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
         self.memory: list[list[int]] = []
         self.rounds: list[list[Client]] = []
