@@ -147,10 +147,12 @@ def test_logits_that_are_no_numbers_end_their_request_and_reach_no_later_one():
                 later = made.submit(prompt, asked(6), "r")
                 assert await finish(later) is None and later.tokens == text
 
-        asyncio.run(run())
-        assert made.healthy and not made.running
-        handle.audit()
-        made.stop()
+        try:
+            asyncio.run(run())
+            assert made.healthy and not made.running
+            handle.audit()
+        finally:
+            made.stop()  # else its worker would keep a failed run from ending
 
 
 def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
