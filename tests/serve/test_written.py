@@ -1,5 +1,6 @@
 """Thoughts and calls of tools as OpenAI's client gets them, whatever the model writes."""
 
+import gc
 import json
 import socket
 import time
@@ -134,12 +135,17 @@ def test_the_log_holds_text_only_if_that_is_asked_for(caplog):
         assert ("Rain in Oslo?" in str(begun), "Yes." in str(ended)) == (asked, asked)
 
 
-def test_a_client_that_reads_nothing_is_given_up(monkeypatch):
-    """Its answer is longer than what lies between; after the limit its place is free."""
+def test_a_client_that_reads_nothing_is_given_up(monkeypatch, caplog):
+    """Its answer is longer than what lies between; its place is free, garbage collected or not."""
     monkeypatch.setattr(app, "_UNREAD_S", 0.5)
-    with scripted("far away " * 600_000) as (model, url):
-        host, port = url.removeprefix("http://").split(":")
-        with socket.socket() as slow:
+    gc.disable()
+    try:
+        with (
+            caplog.at_level("INFO", "melinoe.serve"),
+            scripted("far away " * 600_000) as (model, url),
+            socket.socket() as slow,
+        ):
+            host, port = url.removeprefix("http://").split(":")
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.connect((host, int(port)))
             body = b'{"prompt": "x", "stream": true}'
@@ -149,7 +155,11 @@ def test_a_client_that_reads_nothing_is_given_up(monkeypatch):
             while not model.prompts or model.running:
                 assert time.monotonic() < until
                 time.sleep(0.05)
-        assert ask(f"{url}/health")[0] == 200
+            assert ask(f"{url}/health")[0] == 200
+    finally:
+        gc.enable()
+    ended = [json.loads(line) for line in caplog.messages if line.startswith("{")][-1]
+    assert ended["status"] == "client left"
 
 
 HALF = "\ud800"

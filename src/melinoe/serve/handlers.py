@@ -44,6 +44,15 @@ FAILED = "the server failed; its log says why"
 Json = dict[str, Any]
 
 
+class _Stream(StreamingResponse):
+    """End the events of a client that has left at once: garbage may be collected much later."""
+
+    async def stream_response(self, send: Any) -> None:
+        events: Any = self.body_iterator
+        async with aclosing(events):
+            await super().stream_response(send)
+
+
 class Handler:
     """
     Hold what all routes share.
@@ -129,7 +138,7 @@ class Handler:
                 status = "streaming"
                 events = self._stream(request_id, said, head, choices)
                 await anext(events)  # begun, so that it also ends if its client has left already
-                return StreamingResponse(events, media_type="text/event-stream")
+                return _Stream(events, media_type="text/event-stream")
             deltas: list[list[Any]] = [[] for _ in choices]
             async with aclosing(self._all(said, choices)) as told:
                 async for at, delta in told:
