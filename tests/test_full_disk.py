@@ -56,6 +56,7 @@ def call(words, limit):
             from melinoe.cli.app import main
 
             if limit is not None:
+                sys.dont_write_bytecode = True  # a module that is cut off there would be read later
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             main()
             code = 0

@@ -83,8 +83,9 @@ def logits(model):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_in_place_is_refused_and_never_served(olmoe, change):
+def test_a_file_that_changes_in_place_is_refused_and_never_served(olmoe, change, monkeypatch):
     """This call, the next, and what a prefetch begins say so; the weights do not come back."""
+    monkeypatch.setattr("melinoe.engine.reference.read_by_threads", lambda layers: True)
     model, handle = melinoe.load(olmoe, slots=2, store="disk")
     logits(model)
     change(olmoe / SHARD)
@@ -97,6 +98,14 @@ def test_a_file_that_changes_in_place_is_refused_and_never_served(olmoe, change)
         model(torch.arange(3, 20)[None])  # some token wants one of them
     with pytest.raises(CheckpointError, match="was changed"):
         handle.detach()
+
+
+def test_a_prefetch_that_reads_small_experts_itself_says_so_itself(olmoe):
+    _, handle = melinoe.load(olmoe, slots=2, store="disk")
+    flip(olmoe / SHARD)
+    with pytest.raises(CheckpointError, match="was changed"):
+        handle.prefetch([[0, 1], [0, 1]])
+    assert handle.resident()[0] == []
 
 
 @pytest.mark.parametrize("change", CHANGES)
