@@ -165,8 +165,8 @@ def run(
                 wire = EmulatedLink(settings.link_bytes_per_s, settings.link_latency_s)
                 link = wire if emulated else None
                 served = opened(name, slots, store="disk", link=link, policy=settings.policy)
-                how = (*served, prompts, settings.max_new_tokens)
-                runs.append(serving(*how, prefetch=ahead, label=name, strategy=strategy))
+                asked = (*served, prompts, settings.max_new_tokens)
+                runs.append(serving(*asked, prefetch=ahead, label=name, strategy=strategy))
             for record in side_by_side(runs):
                 write(record)
                 say(

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -51,7 +52,6 @@ class Scripted:
         return len(self.running), 0
 
     def submit(self, prompt, asked, name):
-        self.prompts.append(self.tokenizer.decode(prompt))
         one = Running(f"{name}-{next(self._numbers)}", asked, prompt, asyncio.Queue())
         tokens = self.tokenizer(next(self.texts))["input_ids"] + [0] * (not self.cut)
         size = 1 + len(tokens) // 500
@@ -59,6 +59,7 @@ class Scripted:
             one.tokens += tokens[at : at + size]
             one.pieces.put_nowait(Piece(tokens[at : at + size], at + size >= len(tokens)))
         self.running[one.id] = one
+        self.prompts.append(self.tokenizer.decode(prompt))
         return one
 
     def cancel(self, one, why=""):
@@ -83,8 +84,11 @@ def scripted(*texts, cut=False, **options):
     tokenizer.chat_template = TEMPLATE
     made = Scripted(tokenizer, texts, cut)
     app = build_app(made, Metrics(), tokenizer, "tiny", **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # whatever the system's habit
+    listening.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     until = time.monotonic() + 60
     while not server.started and time.monotonic() < until:
@@ -97,3 +101,4 @@ def scripted(*texts, cut=False, **options):
             _clients.pop(url).close()
         server.should_exit = True
         thread.join(60)
+        listening.close()

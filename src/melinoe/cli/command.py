@@ -116,7 +116,7 @@ def with_settings(
         own = [one for one in signature.parameters.values() if one.name != "given"]
         parameters = [one.replace(kind=only) for one in own]
         for name, panel in panel_of.items():
-            kind = Annotated[_type(hints[name]), option(_help(by_name[name]), panel)]
+            kind: Any = Annotated[_type(hints[name]), option(_help(by_name[name]), panel)]
             default = defaults.get(name, by_name[name].default)
             parameters.append(inspect.Parameter(name, only, default=default, annotation=kind))
 

@@ -160,7 +160,7 @@ def _locality(
         one.records.append(locality_record(trace, name))
         for policy in ("lru", "lfu"):
             costs = completion_costs(trace, sizes, policy)
-            about = {"kind": "curve", "model": name, "policy": policy}
+            about: dict[str, Any] = {"kind": "curve", "model": name, "policy": policy}
             about |= {"num_experts": trace.num_experts}
             one.records.append(about | rates_by_slots(sizes, costs))
             for size, loads in zip(sizes, costs.loads, strict=True):

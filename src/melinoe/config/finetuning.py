@@ -181,5 +181,6 @@ _READ_FOR = {
     "rho": ("lambda_rank",),
     "own_texts": ("lambda_replay",),
 }
-_BOOKKEEPING = ("log_every", "eval_every", "save_every", "save", "report_to")
-_BOOKKEEPING += ("gradient_checkpointing",)
+_BOOKKEEPING = (
+    "log_every", "eval_every", "save_every", "save", "report_to", "gradient_checkpointing",
+)  # fmt: skip

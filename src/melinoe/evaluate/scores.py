@@ -128,6 +128,9 @@ def price_of_choice(
         "choice": asdict(settings),
         "changed_choices": replaced,
         "transfers_metric": metric,
-        "transfers": {one: bootstrap(*rate).to_dict() for one, rate in rates.items()},
+        "transfers": {
+            one: bootstrap(loads.astype(float), tokens.astype(float)).to_dict()
+            for one, (loads, tokens) in rates.items()
+        },
     }
     return quality_record(changed.perplexity, name, domain, in_domain, **about), found

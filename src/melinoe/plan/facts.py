@@ -119,10 +119,10 @@ def model_facts(
     except RuntimeError as error:
         read, top_k = _all_but_embedding(built, backbone), (None,) * len(experts)
         kv, kv_source = None, f"not known: no pass runs ({str(error).splitlines()[0][:80]})"
-    packed = None
+    stored_as = None
     if not stored.exact:
         bits = stored.bits_per_weight(experts[0].tensors)
-        packed = f"{stored.name}, {bits:.2f} bits a weight"
+        stored_as = f"{stored.name}, {bits:.2f} bits a weight"
     return ModelFacts(
         name=model,
         source=source,
@@ -139,7 +139,7 @@ def model_facts(
         kv_source=kv_source,
         context=context,
         max_context=getattr(text, "max_position_embeddings", None),
-        packed=packed,
+        packed=stored_as,
     )
 
 

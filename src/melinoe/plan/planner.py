@@ -181,15 +181,19 @@ def plan(
     ram_bytes = None if ram is None else _memory(ram)
     usable = None if ram_bytes is None else ram_bytes * assumptions()["ram_share"]["value"]
     fits = None if usable is None else stored <= usable
-    rates = _hit_rates(facts, slots, trace, tuned_trace)
+    before, after = _hit_rates(facts, slots, trace, tuned_trace)
     # Slow end: what RAM cannot hold is what misses ask for. Fast end: misses ask for all alike.
     from_disk = (0.0, 0.0) if fits is not False else (1.0, 1 - (usable or 0) / stored)
-    speeds = [_speed(facts, one, hardware, batch, from_disk, latency_s) for one in rates]
+    speed_before, speed_after = (
+        _speed(facts, one, hardware, batch, from_disk, latency_s) for one in (before, after)
+    )
     slot_bytes = memory_of(slots, facts.layers)  # type: ignore[arg-type]
-    sizes = (memory, kept, ram_bytes, batch, bits, slots, slot_bytes, stored, fits)
     notes = tuple(_notes(facts, slots, batch, bits))
     assumed = tuple(_assumed(hardware, ram_bytes, bits, reserve is not None, fits is False))
-    return Plan(facts, hardware, *sizes, *rates, *speeds, notes, assumed)  # type: ignore[misc]
+    return Plan(
+        facts, hardware, memory, kept, ram_bytes, batch, bits, slots, slot_bytes, stored, fits,
+        before, after, speed_before, speed_after, notes, assumed,
+    )  # fmt: skip
 
 
 def _memory(text: str | int) -> int:

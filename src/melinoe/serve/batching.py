@@ -407,11 +407,11 @@ class Batches:
                 time.sleep(0.005)
         finally:
             theirs.setLevel(level)
-        if (error := manager.background_thread_status.fatal_error) is not None:
+        if (failure := manager.background_thread_status.fatal_error) is not None:
             raise AttachError(
-                f"the cache of keys and values cannot be made: {error}; lower --cache-tokens, or "
+                f"the cache of keys and values cannot be made: {failure}; lower --cache-tokens, or "
                 "the tokens and requests of a step, or give fewer slots"
-            ) from error
+            ) from failure
         if self.adapters is not None:
             manager.batch_processor.scheduler.use = self.adapters.use
 

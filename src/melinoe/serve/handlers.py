@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any
@@ -365,7 +365,9 @@ class Handler:
             line["texts"] = [self.tokenizer.decode(one.tokens) for one in choices]
         _log.info(json.dumps(line))
 
-    async def _all(self, said: Any, choices: list[Running]) -> AsyncIterator[tuple[int, Any]]:
+    async def _all(
+        self, said: Any, choices: list[Running]
+    ) -> AsyncGenerator[tuple[int, Any], None]:
         """Give the number of a choice and what is said of it, as any choice comes on."""
         if len(choices) == 1:
             async for delta in self._deltas(0, choices[0], said):
