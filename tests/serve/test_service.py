@@ -9,6 +9,7 @@ import pytest
 import torch
 from serving import Server, ask, opened
 from small_olmoe import tiny_model, words_tokenizer
+from transformers import GenerationConfig
 
 import melinoe
 from melinoe.errors import AttachError, MelinoeError
@@ -155,27 +156,42 @@ def test_logits_that_are_no_numbers_end_their_request_and_reach_no_later_one():
             made.stop()  # else its worker would keep a failed run from ending
 
 
-def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
-    """Two long texts hold both places; one of a lower number ends before them."""
-    prompts = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
+def test_a_models_own_settings_hold_where_a_request_has_none():
+    """Zero is a setting: temperature 0 takes the likeliest, top-k 0 keeps all."""
+    given = GenerationConfig(do_sample=True, temperature=0.0, top_p=0.9, top_k=0)
+    assert Sampling.of_model(given) == Sampling(temperature=0.0, top_p=0.9, top_k=None)
+    given = GenerationConfig(do_sample=True, temperature=0.6, top_k=20)
+    assert Sampling.of_model(given) == Sampling(temperature=0.6, top_k=20)
+    assert Sampling.of_model(GenerationConfig(temperature=0.6)) == Sampling()
 
-    async def run():
-        slow = [batches.submit(prompt, asked(150, priority=5), "slow") for prompt in prompts[:2]]
-        while len(slow[0].tokens) < 3:
-            await asyncio.wait_for(slow[0].pieces.get(), 120)
-        fast = batches.submit(prompts[2], asked(10, priority=-1), "fast")
-        assert await finish(fast) is None
-        assert all(one.ended is None for one in slow)
-        for one in slow:
-            assert await finish(one) is None
-        return [one.tokens for one in (*slow, fast)]
 
-    got = asyncio.run(run())
-    lengths = (150, 150, 10)
+async def overtaken(made, prompts, lengths, begun):
+    """Write two texts and, when the second has *begun* tokens, an urgent one, which ends first."""
+    slow = [
+        made.submit(prompt, asked(length, priority=5), "slow")
+        for prompt, length in zip(prompts[:2], lengths[:2], strict=True)
+    ]
+    while len(slow[1].tokens) < begun:
+        await asyncio.wait_for(slow[1].pieces.get(), 120)
+    fast = made.submit(prompts[2], asked(lengths[2], priority=-1), "fast")
+    assert await finish(fast) is None
+    assert all(one.ended is None for one in slow)
+    for one in slow:
+        assert await finish(one) is None
+    return [one.tokens for one in (*slow, fast)]
+
+
+def each_alone(prompts, lengths):
     with melinoe.attach(tiny_model(), slots=8) as handle:
         model = handle._model
-        expected = [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
-    ends = set(batches.ends)
+        return [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+
+
+def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
+    """Two long texts hold both places; one of a lower number ends before them."""
+    prompts, lengths = [[5, 6, 7], [8, 9, 10], [11, 12, 13]], (150, 150, 10)
+    got = asyncio.run(overtaken(batches, prompts, lengths, 3))
+    expected, ends = each_alone(prompts, lengths), set(batches.ends)
     for tokens, whole in zip(got, expected, strict=True):
         cut = next((i + 1 for i, token in enumerate(whole) if token in ends), len(whole))
         assert tokens == whole[:cut]
@@ -187,24 +203,10 @@ def test_an_urgent_request_gets_the_memory_of_others_and_their_text_stays():
     prompts, lengths = [[5, 6, 7], [8, 9, 10], [11, 12] * 40], (120, 120, 5)
     with melinoe.attach(model, slots=4) as handle:
         made = Batches(model, handle, LIMITS._replace(running=3, cache_tokens=256))
-
-        async def run():
-            slow = [made.submit(prompt, asked(120, priority=5), "slow") for prompt in prompts[:2]]
-            while len(slow[1].tokens) < 90:  # six of eight pages; the prompt needs three
-                await asyncio.wait_for(slow[1].pieces.get(), 120)
-            fast = made.submit(prompts[2], asked(5, priority=-1), "fast")
-            assert await finish(fast) is None
-            assert all(one.ended is None for one in slow)
-            for one in slow:
-                assert await finish(one) is None
-            return [one.tokens for one in (*slow, fast)]
-
-        got = asyncio.run(run())
+        # When six of eight pages are full; the prompt needs three.
+        got = asyncio.run(overtaken(made, prompts, lengths, 90))
         made.stop()
-    with melinoe.attach(tiny_model(), slots=8) as handle:
-        model = handle._model
-        expected = [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
-    assert got == expected
+    assert got == each_alone(prompts, lengths)
 
 
 def test_keys_and_values_of_a_cancelled_request_are_free_again(batches):

@@ -74,7 +74,8 @@ class Sampling:
         if not getattr(config, "do_sample", False):
             return cls()
         given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
-        return cls(**{name: value for name, value in given.items() if value})
+        given["top_k"] = given["top_k"] or None  # transformers keeps all by 0, too
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
