@@ -191,15 +191,18 @@ class Gate:
             return
         self._inside += 1
         try:
-            await self._pass_on(await self._admit(scope, receive), scope, receive, send)
+            headers = dict(scope["headers"])
+            body = await self._admit(headers, scope["path"], receive)
+            name = headers.get(b"x-request-id") or str(uuid.uuid4()).encode()
+            await self._pass_on(body, name, scope, receive, send)
         except ApiError as error:
             await _refusal(error, {"connection": "close"})(scope, receive, send)
         finally:
             self._inside -= 1
 
-    async def _admit(self, scope: Any, receive: Any) -> bytes:
+    async def _admit(self, headers: dict[bytes, bytes], path: str, receive: Any) -> bytes:
         """Give the body of a request that may come in."""
-        headers, closed = dict(scope["headers"]), scope["path"] not in _OPEN
+        closed = path not in _OPEN
         if closed and self._inside > self._most:
             raise ApiError("too many requests at once; try again in a second", 429,
                            code="queue_full")  # fmt: skip
@@ -225,10 +228,9 @@ class Gate:
             raise ApiError(f"the body is longer than {MOST_BODY_BYTES >> 20} MiB; send less", 413)
         return bytes(body)
 
-    async def _pass_on(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
+    async def _pass_on(self, body: bytes, name: bytes, scope: Any, receive: Any, send: Any) -> None:
         """Let the application answer, until its client has left or reads no more."""
         messages, answered = [{"type": "http.request", "body": body}], False
-        name = dict(scope["headers"]).get(b"x-request-id") or str(uuid.uuid4()).encode()
         scope.setdefault("state", {})["request_id"] = name.decode("latin-1")
 
         async def replay() -> dict[str, Any]:
