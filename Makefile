@@ -30,7 +30,7 @@ report: $(READY) ## write the tables and lists of README and docs again
 	$(BIN)/melinoe plan --cards --out benchmarks/results/plan_cards.json
 	$(BIN)/melinoe plan --finetune --cards --out benchmarks/results/finetune_cards.json
 	$(BIN)/python recipes/file_index.py
-	$(BIN)/python -m benchmarks.tables $(PAGES)
+	$(BIN)/python -m benchmarks.tables --figures docs/figures $(PAGES)
 	$(BIN)/python -m benchmarks.study.tables
 
 # torch goes first and alone: asked for together with the rest, other packages may pull another build.

@@ -2,6 +2,7 @@
 Write the tables of README and docs from the records in benchmarks/results, or check them.
 
     python -m benchmarks.tables README.md docs/method.md [--check]
+    python -m benchmarks.tables --figures docs/figures          # and README's curves, of the demo
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.errors import DataError
+from melinoe.report.page import figures_of, svg_files
 from melinoe.report.records import Measurements, Record, Sources, read_records
 from melinoe.report.table import (
     NOT_MEASURED,
@@ -168,9 +170,14 @@ def value_cell(key: str, value: Any) -> Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("pages", nargs="+", type=Path, help="Markdown files with markers.")
+    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files with markers.")
     parser.add_argument("--check", action="store_true", help="Write nothing, fail if out of date.")
+    parser.add_argument("--figures", type=Path, help="Write the demo's curves into this directory.")
     asked = parser.parse_args()
+    if asked.figures is not None:
+        curves = svg_files(figures_of(RESULTS / "demo.jsonl"))
+        for name in ("curves-1.svg", "curves-2.svg"):
+            write_whole(asked.figures / f"demo-{name}", curves[name])
     found, wrong = read_records(RESULTS), False
     for page in asked.pages:
         stale = update_readme(page, found, asked.check)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
+from math import floor
 from typing import Any
 
 from melinoe.report.comparing import in_order
@@ -121,9 +122,12 @@ def curves(found: Measurements, slots: int | None) -> Figure | None:
     num_experts, counts = first["num_experts"], first["slots"]
     policies = sorted(dict.fromkeys(p for _, p in records), key=lambda name: name == "belady")
     bound = {p: {"color": COLOUR["muted"], "linestyle": ":"} for p in policies if p == "belady"}
+    # One scale for all panels: they are there to be compared.
+    lowest = min(rate["low"] for record in records.values() for rate in record["hit_rate"])
+    limits = {"xlim": (0, num_experts), "ylim": (10 * floor(10 * lowest), 102)}
     for model in models:
         with panel(panels, 3.6) as figure:
-            axes = figure.add_subplot(title=model, ylabel="hit rate (%)", xlim=(0, num_experts))
+            axes = figure.add_subplot(title=model, ylabel="hit rate (%)", **limits)
             for policy, look in (looks(policies) | bound).items():
                 if record := records.get((model, policy)):
                     _band(axes, record["slots"], record["hit_rate"], policy_name(policy), **look)
